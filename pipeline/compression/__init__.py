@@ -1,0 +1,1 @@
+"""CoFi pruning: hard-concrete masks, the Lagrangian, distillation, surgery."""

@@ -1,0 +1,1 @@
+"""What came out: perplexity, speed, the report."""

@@ -1,0 +1,1 @@
+"""Which tokens share a segment, which segments share a group, and which group comes when."""

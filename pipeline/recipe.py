@@ -1,0 +1,310 @@
+"""One YAML recipe -> typed, checked settings for every stage.
+
+A recipe may leave stages out; `extends:` names one parent; `key=value` overrides come last. Every error names the file,
+the line, what was found and what to do (`RecipeError`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from pipeline.compression.settings import DistillationSettings, SparsitySettings
+from pipeline.corpus.settings import TokenizeSettings
+from pipeline.errors import UserError
+from pipeline.evaluation.settings import EvaluateSettings
+from pipeline.launch.settings import SlurmSettings
+from pipeline.models.settings import ModelSettings
+from pipeline.objectives.settings import AnyObjective, MlmSettings
+from pipeline.packing.settings import PackSettings
+from pipeline.settings import Settings, setting
+from pipeline.tasks.settings import TaskSettings
+from pipeline.training.settings import TrainSettings
+
+STAGES = ("tokenize", "pack", "pretrain", "finetune", "prune", "evaluate")
+
+
+class RecipeError(UserError):
+    """Something in a recipe is wrong."""
+
+
+class PretrainSettings(TrainSettings):
+    objective: AnyObjective = setting(MlmSettings(), "What the model learns to predict.")
+    steps: int = setting(1000, "Optimiser steps.", unit="steps", ge=1)
+    loss_weights: dict[str, float] = setting({}, "Weight of each named loss in the sum; 1 where not named.")
+
+
+class TaskTrainSettings(TrainSettings):
+    """An optimisation measured in passes over a task's training split."""
+
+    epochs: float = setting(3.0, "Passes over the training split.", unit="epochs", gt=0)
+    lr: float = setting(5e-5, "Peak learning rate.", gt=0)
+
+
+class FinetuneSettings(TaskTrainSettings):
+    task: TaskSettings = setting(TaskSettings(embedded=True), "The labelled data.")
+
+
+class PruneSettings(TaskTrainSettings):
+    """Pruning of the fine-tuned model on its own task, then fine-tuning of what is left."""
+
+    sparsity: SparsitySettings = setting(SparsitySettings(), "What to remove, and how the masks get there.")
+    distillation: DistillationSettings = setting(DistillationSettings(), "How the student learns from the fine-tuned teacher.")
+    recovery: TaskTrainSettings = setting(TaskTrainSettings(), "Fine-tuning after the removal.")
+
+
+class Recipe(Settings):
+    """Everything a run needs. A stage whose section is missing is not run."""
+
+    name: str = setting(..., "Name of the run: its directory below `runs_dir`.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = setting(1, "Seeds every draw.", ge=0)
+    runs_dir: str = setting("runs", "Where runs are kept.", result=False)
+    model: ModelSettings = setting(ModelSettings(), "The transformer.")
+    tokenize: TokenizeSettings | None = setting(None, "Documents -> tokenizer and token store.")
+    pack: PackSettings | None = setting(None, "Token store -> plan of segments and groups.")
+    pretrain: PretrainSettings | None = setting(None, "Plan -> pretrained model.")
+    finetune: FinetuneSettings | None = setting(None, "Pretrained model -> model of a task.")
+    prune: PruneSettings | None = setting(None, "Model of a task -> smaller model of the task.")
+    evaluate: EvaluateSettings | None = setting(None, "Every model made -> report.")
+    slurm: SlurmSettings = setting(SlurmSettings(), "What `trimline submit` asks of the cluster.", result=False)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages this recipe runs, in order."""
+        return [stage for stage in STAGES if getattr(self, stage) is not None]
+
+    @property
+    def directory(self) -> Path:
+        """Where the run's artifacts are published: `runs_dir/name`."""
+        return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def _chain(self) -> Recipe:
+        if not self.stages:
+            raise ValueError(f"the recipe has no stage; give at least one of the sections {', '.join(STAGES)}")
+        missing = [
+            f"{stage} needs {' or '.join(needs)}"
+            for stage, needs in (("pack", ["tokenize"]), ("pretrain", ["pack"]), ("prune", ["finetune"]))
+            if stage in self.stages and not set(needs) & set(self.stages)
+        ]
+        if missing:
+            raise ValueError(f"{'; '.join(missing)}: add the missing section, or leave the stage out")
+        if self.finetune and not self.pretrain and self.model.from_ is None:
+            raise ValueError("finetune needs a model: add a pretrain section, or model.from: DIR")
+        if self.evaluate and not (self.pretrain or self.finetune):
+            raise ValueError("evaluate needs a model: add a pretrain or a finetune section")
+        if self.pretrain:
+            self._check_pretrain(self.pretrain)
+        if self.finetune and self.finetune.task.max_length > self.model.max_length and self.model.from_ is None:
+            raise ValueError(f"finetune.task.max_length {self.finetune.task.max_length} exceeds model.max_length {self.model.max_length}")
+        return self
+
+    def _check_pretrain(self, pretrain: PretrainSettings) -> None:
+        objective, pack = pretrain.objective, self.pack
+        assert pack is not None
+        if self.model.from_ is None and objective.kind != self.model.kind:
+            raise ValueError(f"objective {objective.name} trains a model of kind {objective.kind}; model.kind is {self.model.kind}")
+        if self.model.from_ is None and pack.length > self.model.max_length:
+            raise ValueError(f"pack.length {pack.length} exceeds model.max_length {self.model.max_length}")
+        if objective.needs == "groups" and pack.group_size < 2:
+            raise ValueError(f"objective {objective.name} needs groups of two or more; pack makes groups of {pack.group_size}")
+        if pretrain.batch_size % pack.group_size:
+            raise ValueError(f"pretrain.batch_size {pretrain.batch_size} is not a multiple of pack.group_size {pack.group_size}")
+        if self.finetune and self.model.kind == "decoder" and self.model.from_ is None:
+            raise ValueError("finetune classifies with an encoder; model.kind is decoder: leave finetune out, or use kind: encoder")
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+Path_ = tuple[str | int, ...]
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read, extend, override and check one recipe.
+
+    overrides: `dotted.key=value` strings, the value in YAML.
+    Raises RecipeError naming the file and line of what is wrong.
+    """
+    merged, origin = _read_with_parent(Path(path))
+    for override in overrides:
+        _override(merged, origin, override)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, origin, str(path))) from None
+
+
+def _read_with_parent(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[Path_, str]]:
+    """One file merged over the parent it extends; and where each key path was written (`file:line`)."""
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
+    data, origin = _read(path)
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data, origin
+    if not isinstance(parent, str):
+        raise RecipeError(f"{origin[('extends',)]}: extends takes one path, found {parent!r}")
+    base, base_origin = _read_with_parent(path.parent / parent, (*seen, path.resolve()))
+    return _merge(base, data), base_origin | origin
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}); save the recipe as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {type(data).__name__}")
+    origin: dict[Path_, str] = {}
+    _locate(node, (), str(path), origin)
+    return data, origin
+
+
+def _locate(node: yaml.Node, at: Path_, file: str, origin: dict[Path_, str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        written: set[str] = set()
+        for key, value in node.value:
+            if key.value in written:
+                raise RecipeError(f"{file}:{key.start_mark.line + 1}: {key.value} is given twice; keep one")
+            written.add(key.value)
+            origin[(*at, key.value)] = f"{file}:{key.start_mark.line + 1}"
+            _locate(value, (*at, key.value), file, origin)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            origin[(*at, index)] = f"{file}:{value.start_mark.line + 1}"
+            _locate(value, (*at, index), file, origin)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(data: dict[str, Any], origin: dict[Path_, str], text: str) -> None:
+    dotted, equals, raw = text.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {text!r}: expected key=value, for example pretrain.steps=200")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {text!r}: {raw!r} is not a YAML value") from None
+    section = data
+    for depth, key in enumerate(keys[:-1]):
+        if section.get(key) is None:
+            section[key] = {}
+        if not isinstance(section[key], dict):
+            raise RecipeError(f"override {text!r}: {'.'.join(keys[: depth + 1])} is not a section")
+        section = section[key]
+    section[keys[-1]] = value
+    for depth in range(1, len(keys) + 1):
+        origin[tuple(keys[:depth])] = f"override {text!r}"
+
+
+# -- messages --------------------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError, origin: dict[Path_, str], file: str) -> str:
+    return "\n".join(dict.fromkeys(_explain_one(dict(problem), origin, file) for problem in error.errors()))
+
+
+def _explain_one(problem: dict[str, Any], origin: dict[Path_, str], file: str) -> str:
+    at: Path_ = tuple(part for part in problem["loc"])
+    if len(at) > 2 and at[:2] == ("pretrain", "objective"):  # pydantic puts the union's tag into the path
+        at = (*at[:2], *at[3:])
+    where = next((origin[at[:depth]] for depth in range(len(at), 0, -1) if at[:depth] in origin), file)
+    key = ".".join(map(str, at))
+    if problem["type"] == "extra_forbidden":
+        known = list(_fields_at(at[:-1], problem))
+        close = difflib.get_close_matches(str(at[-1]), known, n=1, cutoff=0.5)
+        remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{where}: unknown key {key!r}; {remedy}"
+    if problem["type"] == "missing":
+        return f"{where}: {key} is missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if not key else f"{where}: {key}: {message}"
+    return f"{where}: {key}: {message[0].lower()}{message[1:]}, found {problem['input']!r}"
+
+
+def _fields_at(at: Path_, problem: dict[str, Any]) -> list[str]:
+    section: Any = Recipe
+    for part in at:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        if field is None:
+            return []
+        models = _models_in(field.annotation)
+        if part == "objective" and len(problem["loc"]) > 2:
+            models = [m for m in models if m.model_fields["name"].default == problem["loc"][2]] or models
+        if not models:
+            return []
+        section = models[0]
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def explain(key: str) -> str:
+    """What a recipe key means: description, unit, type, default, and the keys below it.
+
+    Raises RecipeError with the nearest key when there is none of that name.
+    """
+    section: type[BaseModel] = Recipe
+    field = None
+    parts = key.split(".") if key else []
+    for depth, part in enumerate(parts):
+        named = {f.alias or n: f for n, f in section.model_fields.items()}
+        if part not in named:
+            close = difflib.get_close_matches(part, named, n=1, cutoff=0.5)
+            above = ".".join(parts[:depth])
+            remedy = f"did you mean {'.'.join([*parts[:depth], close[0]])!r}?" if close else f"known here: {', '.join(named)}"
+            raise RecipeError(f"unknown key {key!r} in {above or 'a recipe'}; {remedy}")
+        field = named[part]
+        models = _models_in(field.annotation)
+        if depth < len(parts) - 1:
+            if not models:
+                raise RecipeError(f"unknown key {key!r}; {'.'.join(parts[: depth + 1])} has no keys below it")
+            section = next((m for m in models if parts[depth + 1] in m.model_fields), models[0])
+    lines = [] if field is None else [_describe(key, field)]
+    below = [Recipe] if field is None else _models_in(field.annotation)
+    for model in below:
+        heading = (model.__doc__ or model.__name__).strip().splitlines()[0] if len(below) > 1 else None
+        lines += [f"\n{heading}"] if heading else []
+        lines += [f"  {_describe(f.alias or n, f)}" for n, f in model.model_fields.items()]
+    return "\n".join(lines)
+
+
+def _describe(key: str, field: Any) -> str:
+    unit = (field.json_schema_extra or {}).get("unit")
+    if field.is_required():
+        default = "required"
+    elif isinstance(field.default, BaseModel):
+        default = "section"
+    else:
+        default = f"default {field.default!r}"
+    return f"{key}: {field.description or ''} [{', '.join(filter(None, [unit, default]))}]"

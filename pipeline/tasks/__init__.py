@@ -1,0 +1,1 @@
+"""Labelled tasks for finetune, prune and evaluate alike: reading and metrics."""

@@ -1,0 +1,163 @@
+"""The stage graph: what is done, what is stale and why, what runs next."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifacts
+from pipeline.artifacts import Artifact
+from pipeline.launch.ranks import Ranks
+from pipeline.recipe import STAGES, Recipe
+
+INPUTS = {
+    "tokenize": (),
+    "pack": ("tokenize",),
+    "pretrain": ("tokenize", "pack"),
+    "finetune": ("tokenize", "pretrain"),
+    "prune": ("finetune",),
+    "evaluate": ("tokenize", "pack", "pretrain", "finetune", "prune"),
+}
+"""Which stages a stage reads, of those that the recipe has."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a recipe: what it is made of, and whether that is there already."""
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    fingerprint: str
+    artifact: Artifact | None
+    unfinished: bool
+    why: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.fingerprint[:8]}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage is given: its recipe, its inputs, where to write, and which rank it is.
+
+    directory: the `.partial` directory that becomes the artifact. Files in it survive a kill.
+    logs: what a person watches while it runs (TensorBoard events, metrics.jsonl); not part of the artifact.
+    """
+
+    stage: str
+    recipe: Recipe
+    inputs: dict[str, Artifact]
+    directory: Path
+    logs: Path
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def input(self, stage: str) -> Path:
+        """The directory that a stage before this one published."""
+        return self.inputs[stage].path
+
+
+def resolve(recipe: Recipe) -> list[Step]:
+    """Every stage of the recipe in order, each found or not. Reads manifests only."""
+    steps: list[Step] = []
+    fingerprints: dict[str, str] = {}
+    for stage in recipe.stages:
+        settings = _settings(recipe, stage)
+        inputs = {name: fingerprints[name] for name in INPUTS[stage] if name in fingerprints}
+        digest = fingerprints[stage] = artifacts.fingerprint(settings, inputs)
+        artifact = artifacts.find(recipe.directory, stage, digest)
+        partial = recipe.directory / f"{stage}-{digest[:8]}.partial"
+        why = "up to date" if artifact else _why(recipe.directory, stage, settings, inputs, steps, partial.is_dir())
+        steps.append(Step(stage, settings, inputs, digest, artifact, partial.is_dir() and artifact is None, why))
+    return steps
+
+
+def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The resolved settings a stage depends on, by section; sources enter by what they contain."""
+    from pipeline.corpus import sources
+
+    found: dict[str, Any] = {"seed": recipe.seed, stage: artifacts.results_only(getattr(recipe, stage))}
+    if stage in ("pretrain", "finetune"):
+        found["model"] = artifacts.results_only(recipe.model)
+    if recipe.model.from_ is not None and stage in ("pretrain", "finetune"):
+        found["model_files"] = sources.directory_identity(recipe.model.from_)
+    if stage == "pack":
+        found["kind"] = recipe.model.kind
+    if stage == "tokenize":
+        assert recipe.tokenize is not None
+        found["sources"] = sources.identity(recipe.tokenize)
+    if stage in ("finetune", "prune"):
+        assert recipe.finetune is not None
+        found["task"] = sources.task_identity(recipe.finetune.task)
+    return found
+
+
+def _why(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], before: list[Step], unfinished: bool) -> str:
+    """Why a stage must run, in a line: what changed since it was last made."""
+    if unfinished:
+        return "unfinished: resumes"
+    stale_inputs = [step.stage for step in before if step.stage in inputs and step.artifact is None]
+    last = artifacts.latest(directory, stage)
+    if last is None:
+        return "not made yet"
+    changes = _differences(last.manifest["settings"], settings)
+    if changes:
+        return f"stale: {', '.join(changes[:3])}{f' and {len(changes) - 3} more' if len(changes) > 3 else ''}"
+    changed_inputs = [name for name in inputs if last.manifest["inputs"].get(name) != inputs[name]] or stale_inputs
+    return f"stale: made from another {', '.join(changed_inputs)}"
+
+
+def _differences(old: Any, new: Any, at: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [change for key in keys for change in _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)]
+    if json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True):
+        return []
+    return [f"{at} {_brief(old)} -> {_brief(new)}"]
+
+
+def _brief(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def execute(recipe: Recipe, stage: str, ranks: Ranks) -> Artifact:
+    """Make one stage here, as one of `ranks`: nothing to do when it is there, resumed when it is half done.
+
+    Raises UserError when an input stage has not been made.
+    """
+    from pipeline.errors import UserError
+
+    steps = {step.stage: step for step in resolve(recipe)}
+    step = steps[stage]
+    if step.artifact is not None:
+        return step.artifact
+    missing = [name for name in step.inputs if steps[name].artifact is None]
+    if missing:
+        raise UserError(f"{stage} reads {', '.join(missing)}, not made yet ({steps[missing[0]].why}); run trimline {missing[0]} first, or trimline run")
+    inputs = {name: artifact for name in step.inputs if (artifact := steps[name].artifact) is not None}
+    logs = recipe.directory / "logs" / step.name
+    started = time.time()
+    with artifacts.told_plainly(recipe.directory):
+        logs.mkdir(parents=True, exist_ok=True)
+    run = importlib.import_module(f"pipeline.stages.{stage}").run
+    if not ranks.first:
+        partial = recipe.directory / f"{step.name}.partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        run(Work(stage, recipe, inputs, partial, logs, ranks))
+        ranks.barrier()
+        return Artifact(recipe.directory / step.name, {})
+    with artifacts.working(recipe.directory, stage, step.fingerprint) as partial:
+        metrics = run(Work(stage, recipe, inputs, partial, logs, ranks))
+        ranks.barrier()
+        return artifacts.publish(
+            partial, stage=stage, digest=step.fingerprint, settings=step.settings, inputs=step.inputs, metrics=metrics, started=started
+        )
+
+
+__all__ = ["INPUTS", "STAGES", "Step", "Work", "execute", "resolve"]
