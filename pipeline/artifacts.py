@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,10 @@ FORMAT = 1
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
+
+
+class PlaceError(UserError):
+    """A run directory that cannot be written: full, forbidden, or in the way."""
 
 
 def results_only(settings: BaseModel) -> dict[str, Any]:
@@ -143,35 +148,49 @@ def latest(directory: Path, stage: str) -> Artifact | None:
 def working(directory: Path, stage: str, digest: str) -> Iterator[Path]:
     """The `.partial` directory of a stage, locked against a second process while inside.
 
-    Raises UserError when another process works there, or the place cannot be written.
+    An attempt that started it and ends in a user's mistake leaves nothing behind; any other end leaves what resumes.
+    Raises UserError when another process works there, and PlaceError when the place cannot be written.
     """
     partial = directory / f"{stage}-{digest[:8]}.partial"
-    with told_plainly(directory):
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / f".{stage}-{digest[:8]}.lock", "w")  # noqa: SIM115 held until the end of the block
-    with lock:
+    resumed = partial.is_dir()
+    make_directory(partial)
+    with open(directory / f".{stage}-{digest[:8]}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{partial}: another process is making this; wait for it, or end it and run again") from None
-        with told_plainly(directory):
-            yield partial
+        try:
+            with disk_full_told():
+                yield partial
+        except PlaceError:
+            raise
+        except UserError:
+            if not resumed:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager
-def told_plainly(directory: Path) -> Iterator[None]:
-    """Turns 'no space' and 'not allowed' while writing below a directory into a message that names place and remedy."""
+def disk_full_told() -> Iterator[None]:
+    """Turns 'no space left' into a message that says what is kept and what to do."""
     try:
         yield
     except OSError as error:
-        where = error.filename or directory
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{where}: the disk is full; free some space and run again: finished stages are kept, this one resumes") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{where}: cannot be written ({error.strerror}); give write permission, or set runs_dir to a place that has it") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{where}: is in the way of the run directory {directory} ({error.strerror}); move it, or set runs_dir elsewhere") from error
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise PlaceError(f"{where}the disk is full; free some space and run again: finished stages are kept, this one resumes") from error
+
+
+def make_directory(path: Path) -> None:
+    """Raises PlaceError when the directory cannot be made or written."""
+    try:
+        with disk_full_told():
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlaceError(f"{path}: cannot be made ({error.strerror}); set runs_dir to a directory that can be written") from error
+    if not os.access(path, os.W_OK):
+        raise PlaceError(f"{path}: cannot be written (permission denied); give write permission, or set runs_dir elsewhere")
 
 
 def publish(partial: Path, *, stage: str, digest: str, settings: Mapping[str, Any], inputs: Mapping[str, str], metrics: Mapping[str, Any], started: float) -> Artifact:

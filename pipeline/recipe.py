@@ -121,7 +121,7 @@ class Recipe(Settings):
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-Path_ = tuple[str | int, ...]
+At = tuple[str | int, ...]
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -139,7 +139,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise RecipeError(_explain(error, origin, str(path))) from None
 
 
-def _read_with_parent(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[Path_, str]]:
+def _read_with_parent(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[At, str]]:
     """One file merged over the parent it extends; and where each key path was written (`file:line`)."""
     if path.resolve() in seen:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
@@ -153,7 +153,7 @@ def _read_with_parent(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str
     return _merge(base, data), base_origin | origin
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[At, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -171,12 +171,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
         raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {type(data).__name__}")
-    origin: dict[Path_, str] = {}
+    origin: dict[At, str] = {}
     _locate(node, (), str(path), origin)
     return data, origin
 
 
-def _locate(node: yaml.Node, at: Path_, file: str, origin: dict[Path_, str]) -> None:
+def _locate(node: yaml.Node, at: At, file: str, origin: dict[At, str]) -> None:
     if isinstance(node, yaml.MappingNode):
         written: set[str] = set()
         for key, value in node.value:
@@ -199,7 +199,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(data: dict[str, Any], origin: dict[Path_, str], text: str) -> None:
+def _override(data: dict[str, Any], origin: dict[At, str], text: str) -> None:
     dotted, equals, raw = text.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
@@ -223,12 +223,12 @@ def _override(data: dict[str, Any], origin: dict[Path_, str], text: str) -> None
 # -- messages --------------------------------------------------------------------------------------------------------
 
 
-def _explain(error: ValidationError, origin: dict[Path_, str], file: str) -> str:
+def _explain(error: ValidationError, origin: dict[At, str], file: str) -> str:
     return "\n".join(dict.fromkeys(_explain_one(dict(problem), origin, file) for problem in error.errors()))
 
 
-def _explain_one(problem: dict[str, Any], origin: dict[Path_, str], file: str) -> str:
-    at: Path_ = tuple(part for part in problem["loc"])
+def _explain_one(problem: dict[str, Any], origin: dict[At, str], file: str) -> str:
+    at: At = tuple(part for part in problem["loc"])
     if len(at) > 2 and at[:2] == ("pretrain", "objective"):  # pydantic puts the union's tag into the path
         at = (*at[:2], *at[3:])
     where = next((origin[at[:depth]] for depth in range(len(at), 0, -1) if at[:depth] in origin), file)
@@ -246,7 +246,7 @@ def _explain_one(problem: dict[str, Any], origin: dict[Path_, str], file: str) -
     return f"{where}: {key}: {message[0].lower()}{message[1:]}, found {problem['input']!r}"
 
 
-def _fields_at(at: Path_, problem: dict[str, Any]) -> list[str]:
+def _fields_at(at: At, problem: dict[str, Any]) -> list[str]:
     section: Any = Recipe
     for part in at:
         if isinstance(part, int):

@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline import artifacts
 from pipeline.artifacts import Artifact
+from pipeline.errors import UserError
 from pipeline.launch.ranks import Ranks
-from pipeline.recipe import STAGES, Recipe
+from pipeline.recipe import Recipe
 
 INPUTS = {
     "tokenize": (),
@@ -126,38 +127,33 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def execute(recipe: Recipe, stage: str, ranks: Ranks) -> Artifact:
+def execute(recipe: Recipe, stage: str, ranks: Ranks) -> None:
     """Make one stage here, as one of `ranks`: nothing to do when it is there, resumed when it is half done.
 
     Raises UserError when an input stage has not been made.
     """
-    from pipeline.errors import UserError
-
     steps = {step.stage: step for step in resolve(recipe)}
     step = steps[stage]
     if step.artifact is not None:
-        return step.artifact
+        return
     missing = [name for name in step.inputs if steps[name].artifact is None]
     if missing:
         raise UserError(f"{stage} reads {', '.join(missing)}, not made yet ({steps[missing[0]].why}); run trimline {missing[0]} first, or trimline run")
     inputs = {name: artifact for name in step.inputs if (artifact := steps[name].artifact) is not None}
     logs = recipe.directory / "logs" / step.name
     started = time.time()
-    with artifacts.told_plainly(recipe.directory):
-        logs.mkdir(parents=True, exist_ok=True)
+    artifacts.make_directory(logs)
     run = importlib.import_module(f"pipeline.stages.{stage}").run
     if not ranks.first:
         partial = recipe.directory / f"{step.name}.partial"
-        partial.mkdir(parents=True, exist_ok=True)
+        artifacts.make_directory(partial)
         run(Work(stage, recipe, inputs, partial, logs, ranks))
         ranks.barrier()
-        return Artifact(recipe.directory / step.name, {})
+        return
     with artifacts.working(recipe.directory, stage, step.fingerprint) as partial:
         metrics = run(Work(stage, recipe, inputs, partial, logs, ranks))
         ranks.barrier()
-        return artifacts.publish(
+        artifacts.publish(
             partial, stage=stage, digest=step.fingerprint, settings=step.settings, inputs=step.inputs, metrics=metrics, started=started
         )
 
-
-__all__ = ["INPUTS", "STAGES", "Step", "Work", "execute", "resolve"]

@@ -1,0 +1,149 @@
+"""The verbs. Nothing heavy is imported until a verb runs: `trimline --help` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+
+app = typer.Typer(
+    name="trimline",
+    help="From raw text to a pruned, evaluated language model: one recipe, one machine or a Slurm cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as pretrain.steps=200.")]
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A user's mistake ends in its message and exit code 2, told once however many ranks meet it."""
+    from pipeline.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\ntrimline: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    from pipeline import recipe
+
+    return recipe.load(path, overrides or [])
+
+
+@app.command()
+def run(path: RecipeFile, overrides: Overrides = None) -> None:
+    """Run every stage that is not up to date, here."""
+    with _told():
+        from pipeline import terminal, workflow
+
+        recipe = _load(path, overrides)
+        steps = workflow.resolve(recipe)
+        terminal.opening(recipe, steps)
+        for step in steps:
+            terminal.stage(step)
+            if step.artifact is None:
+                _make(recipe, step.stage, path, overrides or [])
+        terminal.closing(recipe, workflow.resolve(recipe))
+
+
+def _make(recipe: Recipe, stage: str, path: Path, overrides: list[str]) -> None:
+    """One stage: in this process where it is a rank or the only one, else by starting its ranks. Exits when it fails."""
+    from pipeline import workflow
+    from pipeline.launch import local
+    from pipeline.launch.ranks import Ranks
+
+    here = Ranks.here()
+    if here.by != "alone" or local.in_process(recipe, stage):
+        workflow.execute(recipe, stage, here)
+        return
+    code = local.start(recipe, stage, path, overrides)
+    if code:
+        sys.exit(code)
+
+
+def _stage_command(stage: str, does: str) -> None:
+    def command(path: RecipeFile, overrides: Overrides = None) -> None:
+        with _told():
+            from pipeline import terminal, workflow
+
+            recipe = _load(path, overrides)
+            if stage not in recipe.stages:
+                from pipeline.errors import UserError
+
+                raise UserError(f"{path} has no section {stage!r}, so there is nothing to {stage}; it has {', '.join(recipe.stages)}")
+            step = next(step for step in workflow.resolve(recipe) if step.stage == stage)
+            if step.artifact is None:
+                _make(recipe, stage, path, overrides or [])
+            elif os.environ.get("RANK", "0") == "0":
+                terminal.stage(step)
+
+    app.command(name=stage, help=does)(command)
+
+
+_stage_command("tokenize", "Documents -> tokenizer and token store.")
+_stage_command("pack", "Token store -> plan of segments and groups.")
+_stage_command("pretrain", "Plan -> pretrained model.")
+_stage_command("finetune", "Pretrained model -> model of a task.")
+_stage_command("prune", "Model of a task -> smaller model of the task.")
+_stage_command("evaluate", "Every model made -> report.")
+
+
+@app.command()
+def plan(path: RecipeFile, overrides: Overrides = None) -> None:
+    """Say what `run` would do and why, without doing it."""
+    with _told():
+        from pipeline import terminal, workflow
+
+        recipe = _load(path, overrides)
+        terminal.plan(recipe, workflow.resolve(recipe))
+
+
+@app.command()
+def submit(
+    path: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the jobs; submit and write nothing.")] = False,
+) -> None:
+    """Submit the stages that are not up to date as a chain of Slurm jobs."""
+    with _told():
+        from pipeline.launch import slurm
+
+        slurm.submit(_load(path, overrides), dry_run=dry_run)
+
+
+@app.command()
+def status(path: RecipeFile, overrides: Overrides = None) -> None:
+    """Show what each stage is doing: done, running, queued, stale."""
+    with _told():
+        from pipeline import terminal
+        from pipeline.launch import slurm
+
+        terminal.status(slurm.status(_load(path, overrides)))
+
+
+@app.command()
+def explain(key: Annotated[str, typer.Argument(help="A recipe key, such as pretrain.warmup_ratio; none: all sections.")] = "") -> None:
+    """Explain a key of a recipe: meaning, unit, default, keys below it."""
+    with _told():
+        from pipeline import recipe
+
+        print(recipe.explain(key))
+
+
+def main() -> None:
+    app()

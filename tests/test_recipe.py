@@ -1,0 +1,155 @@
+"""A recipe: read, extended, overridden, checked; each mistake told with its place and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import recipe
+from pipeline.recipe import RecipeError
+
+ROOT = Path(__file__).parent.parent
+
+GOOD = """\
+name: small
+tokenize:
+  sources: [embedded]
+pack:
+  length: 64
+pretrain:
+  objective: {name: mlm}
+  steps: 10
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text, name="recipe.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def refusal(path, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(path, list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path):
+    assert recipe.load(path).stages
+
+
+def test_stages_are_those_with_a_section_in_the_order_of_the_chain(written):
+    assert recipe.load(written(GOOD)).stages == ["tokenize", "pack", "pretrain"]
+
+
+def test_a_misspelt_key_is_named_with_file_line_and_nearest_key(written):
+    path = written(GOOD.replace("length: 64", "lenght: 64"))
+    assert refusal(path) == f"{path}:5: unknown key 'pack.lenght'; did you mean 'length'?"
+
+
+def test_a_misspelt_key_of_an_objective_is_matched_with_that_objective(written):
+    path = written(GOOD.replace("{name: mlm}", "{name: mlm, mask_rat: 0.2}"))
+    assert f"{path}:7: unknown key 'pretrain.objective.mask_rat'; did you mean 'mask_rate'?" == refusal(path)
+
+
+def test_an_unknown_section_names_the_nearest_one(written):
+    assert "did you mean 'finetune'?" in refusal(written(GOOD + "fintune: {}\n"))
+
+
+def test_a_wrong_value_shows_what_was_found(written):
+    path = written(GOOD.replace("steps: 10", "steps: many"))
+    message = refusal(path)
+    assert message.startswith(f"{path}:8: pretrain.steps:")
+    assert "'many'" in message
+
+
+def test_every_mistake_of_a_recipe_is_told_at_once(written):
+    message = refusal(written(GOOD.replace("length: 64", "lenght: 64").replace("steps: 10", "step: 10")))
+    assert "pack.lenght" in message
+    assert "pretrain.step" in message
+
+
+def test_a_key_given_twice_is_refused(written):
+    assert "length is given twice" in refusal(written(GOOD.replace("length: 64", "length: 64\n  length: 32")))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: x\n", "the recipe has no stage"),
+        ("name: x\npack: {}\n", "pack needs tokenize"),
+        (GOOD.replace("name: mlm", "name: causal"), "objective causal trains a model of kind decoder; model.kind is encoder"),
+        (GOOD.replace("length: 64", "length: 640"), "pack.length 640 exceeds model.max_length 512"),
+        (GOOD + "model: {hidden: 30, heads: 4}\n", "hidden 30 is not a multiple of heads 4"),
+        (GOOD + "prune: {}\n", "prune needs finetune"),
+        (GOOD.replace("length: 64", "groups: consecutive"), "groups: consecutive needs group_size of 2 or more"),
+        ("name: x\nfinetune: {}\n", "finetune needs a model"),
+        ("a: [\n", "not valid YAML"),
+        ("- a\n", "a recipe is a mapping"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_before_anything_runs(written, text, expected):
+    assert expected in refusal(written(text))
+
+
+def test_a_missing_recipe_and_one_that_is_not_utf8_are_told(tmp_path):
+    assert "no such recipe" in refusal(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    assert "not UTF-8 text (byte 9)" in refusal(tmp_path / "latin.yaml")
+
+
+def test_yaml_cannot_run_code(tmp_path, written):
+    flag = tmp_path / "ran"
+    path = written(f"name: !!python/object/apply:os.mkdir ['{flag}']\n")
+    assert "not valid YAML" in refusal(path)
+    assert not flag.exists()
+
+
+def test_overrides_come_last_and_make_missing_sections(written):
+    loaded = recipe.load(written(GOOD), ["pretrain.steps=20", "pretrain.lr=1e-3", "model.layers=2", "evaluate={}"])
+    assert (loaded.pretrain.steps, loaded.pretrain.lr, loaded.model.layers) == (20, 1e-3, 2)
+    assert loaded.stages[-1] == "evaluate"
+
+
+def test_a_bad_override_is_named(written):
+    path = written(GOOD)
+    assert "expected key=value" in refusal(path, "pretrain.steps")
+    assert refusal(path, "pretrain.stepz=3").startswith("override 'pretrain.stepz=3': unknown key 'pretrain.stepz'; did you mean 'steps'?")
+    assert "pretrain.steps is not a section" in refusal(path, "pretrain.steps.more=1")
+
+
+def test_extends_merges_over_one_parent_and_keeps_its_lines(written):
+    parent = written(GOOD, "parent.yaml")
+    child = written("extends: parent.yaml\nname: child\npretrain:\n  steps: 99\n", "child.yaml")
+    loaded = recipe.load(child)
+    assert (loaded.name, loaded.pretrain.steps, loaded.pack.length) == ("child", 99, 64)
+    written(GOOD.replace("length: 64", "lenght: 64"), "parent.yaml")
+    assert f"{parent}:5" in refusal(child)
+
+
+def test_a_recipe_that_extends_itself_is_refused(written):
+    written("extends: b.yaml\nname: a\n", "a.yaml")
+    written("extends: a.yaml\nname: b\n", "b.yaml")
+    assert "extends itself" in refusal(Path(written("extends: a.yaml\nname: c\n", "c.yaml")))
+
+
+def test_explain_gives_meaning_unit_and_default_and_the_nearest_key():
+    assert "[steps, default 1000]" in recipe.explain("pretrain.steps")
+    assert "mask_rate" in recipe.explain("pretrain.objective")
+    with pytest.raises(RecipeError, match=r"did you mean 'pretrain.steps'"):
+        recipe.explain("pretrain.step")
+
+
+def test_every_field_of_every_section_is_described():
+    def undescribed(model, at=""):
+        for name, field in model.model_fields.items():
+            if not field.description and name != "name":
+                yield f"{at}{name}"
+            for below in recipe._models_in(field.annotation):
+                yield from undescribed(below, f"{at}{name}.")
+
+    assert list(undescribed(recipe.Recipe)) == []
