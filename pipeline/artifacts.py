@@ -154,7 +154,7 @@ def working(directory: Path, stage: str, digest: str) -> Iterator[Path]:
     partial = directory / f"{stage}-{digest[:8]}.partial"
     resumed = partial.is_dir()
     make_directory(partial)
-    with open(directory / f".{stage}-{digest[:8]}.lock", "w") as lock:
+    with open(_lock(directory, stage, digest), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -168,6 +168,22 @@ def working(directory: Path, stage: str, digest: str) -> Iterator[Path]:
             if not resumed:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def in_work(directory: Path, stage: str, digest: str) -> bool:
+    """Whether a process on this machine is making that artifact now."""
+    try:
+        with open(_lock(directory, stage, digest)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _lock(directory: Path, stage: str, digest: str) -> Path:
+    return directory / f".{stage}-{digest[:8]}.lock"
 
 
 @contextlib.contextmanager

@@ -34,8 +34,9 @@ def _told() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\ntrimline: {error}", file=sys.stderr, flush=True)
+        from pipeline.launch.ranks import tell
+
+        tell(f"\ntrimline: {error}")
         sys.exit(2)
 
 
@@ -64,16 +65,16 @@ def run(path: RecipeFile, overrides: Overrides = None) -> None:
 def _make(recipe: Recipe, stage: str, path: Path, overrides: list[str]) -> None:
     """One stage: in this process where it is a rank or the only one, else by starting its ranks. Exits when it fails."""
     from pipeline import workflow
-    from pipeline.launch import local
-    from pipeline.launch.ranks import Ranks
+    from pipeline.launch import local, ranks
 
-    here = Ranks.here()
-    if here.by != "alone" or local.in_process(recipe, stage):
-        workflow.execute(recipe, stage, here)
+    here = ranks.Ranks.here()
+    if here.by == "alone" and not local.in_process(recipe, stage):
+        code = local.start(recipe, stage, path, overrides)
+        if code:
+            sys.exit(code)
         return
-    code = local.start(recipe, stage, path, overrides)
-    if code:
-        sys.exit(code)
+    ranks.end_with_starter()
+    workflow.execute(recipe, stage, here)
 
 
 def _stage_command(stage: str, does: str) -> None:

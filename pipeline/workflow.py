@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from pipeline import artifacts
 from pipeline.artifacts import Artifact
+from pipeline.corpus import sources
 from pipeline.errors import UserError
 from pipeline.launch.ranks import Ranks
 from pipeline.recipe import Recipe
@@ -48,6 +50,7 @@ class Work:
     """What a stage is given: its recipe, its inputs, where to write, and which rank it is.
 
     directory: the `.partial` directory that becomes the artifact. Files in it survive a kill.
+    scratch: below it, for what only unfinished work needs (checkpoints, spools); removed before publishing.
     logs: what a person watches while it runs (TensorBoard events, metrics.jsonl); not part of the artifact.
     """
 
@@ -57,6 +60,10 @@ class Work:
     directory: Path
     logs: Path
     ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def scratch(self) -> Path:
+        return self.directory / "scratch"
 
     def input(self, stage: str) -> Path:
         """The directory that a stage before this one published."""
@@ -80,8 +87,6 @@ def resolve(recipe: Recipe) -> list[Step]:
 
 def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The resolved settings a stage depends on, by section; sources enter by what they contain."""
-    from pipeline.corpus import sources
-
     found: dict[str, Any] = {"seed": recipe.seed, stage: artifacts.results_only(getattr(recipe, stage))}
     if stage in ("pretrain", "finetune"):
         found["model"] = artifacts.results_only(recipe.model)
@@ -153,6 +158,7 @@ def execute(recipe: Recipe, stage: str, ranks: Ranks) -> None:
     with artifacts.working(recipe.directory, stage, step.fingerprint) as partial:
         metrics = run(Work(stage, recipe, inputs, partial, logs, ranks))
         ranks.barrier()
+        shutil.rmtree(partial / "scratch", ignore_errors=True)
         artifacts.publish(
             partial, stage=stage, digest=step.fingerprint, settings=step.settings, inputs=step.inputs, metrics=metrics, started=started
         )

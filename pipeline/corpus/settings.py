@@ -1,8 +1,8 @@
-"""The `tokenize` section of a recipe."""
+"""The `tokenize` section of a recipe, and what a specification in tokenizers/ says."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -53,3 +53,15 @@ class TokenizeSettings(Settings):
         if self.validation_sources and self.validation:
             raise ValueError("validation_sources replaces validation: set validation to 0")
         return self
+
+
+class Specification(Settings):
+    """A tokenizer to train. Text is not normalised: whatever is encoded comes back byte for byte (but U+2581, SentencePiece's sign for a space).
+
+    What the vocabulary does not cover, newlines among it, is written as UTF-8 bytes, one token each.
+    """
+
+    kind: Literal["unigram", "bpe", "bytes"] = setting(..., "unigram and bpe: SentencePiece; bytes: the 256 bytes, without training.")
+    vocab_size: int = setting(8000, "Size of the vocabulary, 5 special tokens and 256 bytes included; not for bytes.", unit="tokens", gt=261)
+    character_coverage: float = setting(0.9995, "Share of the sample's characters that get a piece of their own.", gt=0, le=1)
+    sample_megabytes: int = setting(8, "Training text, drawn from the training documents.", unit="MB", ge=1)

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import signal
+import sys
+import threading
 from dataclasses import dataclass
+
+STOPPED = 85
+"""Exit code of a stage that a signal stopped and that goes on from there when it is run again."""
+
+TOLD = "TRIMLINE_TOLD"
+"""Environment variable: a file that the first rank with something to tell creates."""
+
+STARTER = "TRIMLINE_STARTER"
+"""Environment variable: number of the process that the ranks must not outlive."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +33,7 @@ class Ranks:
     def here(cls) -> Ranks:
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "torch")
-        if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMIX_RANK" in os.environ or "PMI_RANK" in os.environ:
+        if _mpi_size() > 1:
             from mpi4py import MPI
 
             return cls(MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size(), "mpi")
@@ -40,3 +54,42 @@ class Ranks:
 
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
+
+
+def _mpi_size() -> int:
+    """Ranks that mpirun, or srun through PMIx or PMI, started; 1 where nobody did. Does not load MPI."""
+    if "PMIX_RANK" in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:  # srun sets no size of its own for PMIx
+        return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or "1")
+
+
+def tell(message: str) -> None:
+    """Print to standard error, once however many ranks say it."""
+    if file := os.environ.get(TOLD):
+        try:
+            open(file, "x").close()
+        except FileExistsError:
+            return
+        except OSError:  # better told twice than never
+            pass
+    print(message, file=sys.stderr, flush=True)
+
+
+def end_with_starter() -> None:
+    """Send this rank SIGTERM when the process that started the ranks is gone, so that a killed launcher leaves nothing running."""
+    starter = os.environ.get(STARTER)
+    if starter is None:
+        return
+
+    def watch() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            select.select([os.pidfd_open(int(starter))], [], [])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="end with starter", daemon=True).start()
+
+
+def stop_at_once() -> None:
+    """Make SIGTERM and SIGUSR2 end this process with code 85: for stages that resume from the files they have finished."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda *_: os._exit(STOPPED))

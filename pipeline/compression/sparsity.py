@@ -1,0 +1,90 @@
+"""How much of the encoder the masks remove, and the constraint that takes them to a target (CoFi, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.models.modeling_trimline import TrimlineConfig
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """Parameters of the encoder that masks can remove: matrices and biases of attention and feed-forward blocks.
+
+    Embeddings, LayerNorms, pooler and classifier do not count. The biases of a feed-forward block are counted as 5 d, and
+    a neuron's share is rounded down, as in the official code, so that figures compare with the published ones.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+
+    @classmethod
+    def of(cls, config: TrimlineConfig) -> Prunable:
+        """Raises UserError for a model whose layers are of different shapes: it has been pruned before."""
+        heads, neurons = set(config.heads_per_layer), set(config.ffn_per_layer)
+        if len(heads) > 1 or len(neurons) > 1 or config.heads_per_layer[0] * config.head_dim != config.hidden_size:
+            raise UserError(
+                f"{config.name_or_path}: its layers have {config.heads_per_layer} heads and {config.ffn_per_layer} neurons, so it was pruned before;"
+                " prune takes a model whose layers are whole and alike: start from the one before pruning"
+            )
+        return cls(len(config.heads_per_layer), config.hidden_size, config.heads_per_layer[0], config.ffn_per_layer[0])
+
+    @property
+    def head(self) -> int:
+        """Parameters of one attention head."""
+        return (4 * self.hidden**2 + 4 * self.hidden) // self.heads
+
+    @property
+    def neuron(self) -> int:
+        """Parameters of one feed-forward neuron."""
+        return self.feedforward // self.ffn
+
+    @property
+    def feedforward(self) -> int:
+        """Parameters of one feed-forward block."""
+        return 2 * self.hidden * self.ffn + 5 * self.hidden
+
+    @property
+    def total(self) -> int:
+        """M: all that could be removed."""
+        return self.layers * (self.heads * self.head + self.feedforward)
+
+    def sparsity(self, keep: Mapping[str, Tensor]) -> Tensor:
+        """Share of `total` removed: expected, from keep probabilities, or realised, from zeros and ones.
+
+        keep: by unit, `heads` [layers, heads] and `neurons` [layers, ffn]; a unit that is absent is kept whole.
+        """
+        heads = keep["heads"].sum() * self.head if "heads" in keep else self.layers * self.heads * self.head
+        neurons = keep["neurons"].sum() * self.neuron if "neurons" in keep else self.layers * self.feedforward
+        return 1 - torch.as_tensor(heads + neurons) / self.total
+
+
+PENALTY = 100.0
+"""The start of lambda_2. The official 0 lets the target run ahead for hundreds of steps; the multipliers then wind up and overshoot it."""
+
+
+class Lagrangian(nn.Module):
+    """lambda_1 (s - t) + lambda_2 (s - t)^2, minimised over the masks and maximised over the multipliers.
+
+    The target t rises linearly from 0 to `target` over `warmup` steps of pruning.
+    """
+
+    def __init__(self, target: float, warmup: int) -> None:
+        super().__init__()
+        self.target, self.warmup = target, warmup
+        self.multipliers = nn.Parameter(torch.tensor([0.0, PENALTY]))
+
+    def target_at(self, step: int) -> float:
+        """t, `step` steps after pruning began."""
+        return self.target * min(1.0, max(step, 0) / self.warmup) if self.warmup else self.target
+
+    def forward(self, sparsity: Tensor, step: int) -> Tensor:
+        excess = sparsity - self.target_at(step)
+        return self.multipliers[0] * excess + self.multipliers[1] * excess**2

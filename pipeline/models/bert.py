@@ -1,0 +1,141 @@
+"""Stock BERT and our encoder are one architecture under two sets of names: the translation, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from pipeline.models.modeling_trimline import (
+    TrimlineConfig,
+    TrimlineForMaskedLM,
+    TrimlineForSequenceClassification,
+    TrimlinePreTrainedModel,
+)
+
+Weights = Mapping[str, Tensor]
+
+CLASSES: dict[type[TrimlinePreTrainedModel], type[PreTrainedModel]] = {
+    TrimlineForMaskedLM: BertForMaskedLM,
+    TrimlineForSequenceClassification: BertForSequenceClassification,
+}
+LAYER = (
+    ("attention.query", "attention.self.query"),
+    ("attention.key", "attention.self.key"),
+    ("attention.value", "attention.self.value"),
+    ("attention.output", "attention.output.dense"),
+    ("attention_norm", "attention.output.LayerNorm"),
+    ("feed_forward.up", "intermediate.dense"),
+    ("feed_forward.down", "output.dense"),
+    ("feed_forward_norm", "output.LayerNorm"),
+)
+OUTSIDE = (
+    ("model.embeddings.word", "bert.embeddings.word_embeddings"),
+    ("model.embeddings.positions.table", "bert.embeddings.position_embeddings"),
+    ("model.embeddings.types", "bert.embeddings.token_type_embeddings"),
+    ("model.embeddings.norm", "bert.embeddings.LayerNorm"),
+    ("model.pooler", "bert.pooler.dense"),
+    ("head.dense", "cls.predictions.transform.dense"),
+    ("head.norm", "cls.predictions.transform.LayerNorm"),
+    ("head.decoder", "cls.predictions.decoder"),
+    ("classifier", "classifier"),
+)
+TYPES = "bert.embeddings.token_type_embeddings.weight"
+DECODER_BIAS, VOCABULARY_BIAS = "cls.predictions.decoder.bias", "cls.predictions.bias"
+"""One parameter under two names."""
+
+
+def is_bert_shaped(config: TrimlineConfig) -> bool:
+    """Whether stock BERT can hold the model: a post-norm encoder with absolute positions and nothing pruned away."""
+    uniform = len(set(config.heads_per_layer)) == 1 and len(set(config.ffn_per_layer)) == 1
+    whole = uniform and config.heads_per_layer[0] * config.head_dim == config.hidden_size and config.ffn_per_layer[0] > 0
+    return whole and (config.kind, config.norm, config.positions) == ("encoder", "post", "absolute")
+
+
+def is_ours_shaped(config: PretrainedConfig) -> bool:
+    """Whether our encoder computes what this BERT does."""
+    absolute = getattr(config, "position_embedding_type", "absolute") == "absolute"
+    return config.hidden_act == "gelu" and absolute and not config.is_decoder and config.tie_word_embeddings
+
+
+def export(model: TrimlinePreTrainedModel) -> PreTrainedModel:
+    """The same model as stock BERT, on the CPU. A model without token types gets a table of zeros for two."""
+    config = model.config
+    stock = CLASSES[type(model)](
+        BertConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.heads_per_layer[0],
+            intermediate_size=config.ffn_per_layer[0],
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            max_position_embeddings=config.max_position_embeddings,
+            type_vocab_size=config.type_vocab_size or 2,
+            initializer_range=config.initializer_range,
+            layer_norm_eps=config.layer_norm_eps,
+            **_same(config),
+        )
+    )
+    weights = _renamed(model.state_dict(), _names(config.num_hidden_layers))
+    if not config.type_vocab_size:
+        weights[TYPES] = torch.zeros(2, config.hidden_size)
+    if DECODER_BIAS in weights:
+        weights[VOCABULARY_BIAS] = weights[DECODER_BIAS]
+    stock.load_state_dict(weights)
+    return stock
+
+
+def convert(stock: PreTrainedModel) -> TrimlinePreTrainedModel:
+    """Our model of a stock BERT: same outputs without dropout, for which the hidden rate stands for all.
+
+    A token type table of zeros, as `export` writes it, is dropped again.
+    """
+    theirs: Any = stock.config
+    weights = stock.state_dict()
+    weights.pop(VOCABULARY_BIAS, None)
+    has_types = bool(weights[TYPES].any())
+    if not has_types:
+        del weights[TYPES]
+    names = {theirs: ours for ours, theirs in _names(theirs.num_hidden_layers).items()}
+    config = TrimlineConfig(
+        vocab_size=theirs.vocab_size,
+        hidden_size=theirs.hidden_size,
+        head_dim=theirs.hidden_size // theirs.num_attention_heads,
+        heads_per_layer=[theirs.num_attention_heads] * theirs.num_hidden_layers,
+        ffn_per_layer=[theirs.intermediate_size] * theirs.num_hidden_layers,
+        type_vocab_size=theirs.type_vocab_size if has_types else 0,
+        dropout=theirs.hidden_dropout_prob,
+        max_position_embeddings=theirs.max_position_embeddings,
+        layer_norm_eps=theirs.layer_norm_eps,
+        initializer_range=theirs.initializer_range,
+        **_same(theirs),
+    )
+    model = next(ours for ours, stock_class in CLASSES.items() if type(stock) is stock_class)(config)
+    model.load_state_dict(_renamed(weights, names))
+    return model
+
+
+def _same(config: PretrainedConfig) -> dict[str, Any]:
+    """What the two configurations call by the same name."""
+    shared = ("pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type")
+    return {name: getattr(config, name) for name in shared}
+
+
+def _names(layers: int) -> dict[str, str]:
+    """Our name of every module that has weights -> BERT's."""
+    names = dict(OUTSIDE)
+    for layer in range(layers):
+        names |= {f"model.layers.{layer}.{ours}": f"bert.encoder.layer.{layer}.{theirs}" for ours, theirs in LAYER}
+    return names
+
+
+def _renamed(weights: Weights, names: Mapping[str, str]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in weights.items():
+        module, _, leaf = name.rpartition(".")
+        renamed[f"{names[module]}.{leaf}"] = tensor
+    return renamed

@@ -1,0 +1,160 @@
+"""A model by its settings, or out of a directory: Trimline's, stock BERT's, or any of Hugging Face's."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from pipeline.errors import UserError
+from pipeline.models import bert
+from pipeline.models.modeling_trimline import (
+    TrimlineConfig,
+    TrimlineForCausalLM,
+    TrimlineForMaskedLM,
+    TrimlineForSequenceClassification,
+)
+from pipeline.models.quiet import quiet
+from pipeline.models.settings import ModelSettings
+
+Head = Literal["mlm", "causal", "classification"]
+
+OURS: dict[str, Any] = {"mlm": TrimlineForMaskedLM, "causal": TrimlineForCausalLM, "classification": TrimlineForSequenceClassification}
+BERT: dict[str, Any] = {"mlm": BertForMaskedLM, "classification": BertForSequenceClassification}
+ANY: dict[str, Any] = {"mlm": AutoModelForMaskedLM, "causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+
+
+def new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, head: Head | None = None) -> PreTrainedModel:
+    """A model with random weights, its vocabulary and special tokens those of the tokenizer.
+
+    head: default mlm for an encoder, causal for a decoder. Weights are drawn from torch's global generator.
+    """
+    config = TrimlineConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        head_dim=settings.hidden // settings.heads,
+        heads_per_layer=[settings.heads] * settings.layers,
+        ffn_per_layer=[settings.ffn] * settings.layers,
+        kind=settings.kind,
+        norm=settings.norm,
+        positions=settings.positions,
+        dropout=settings.dropout,
+        max_position_embeddings=settings.max_length,
+        initializer_range=settings.init_std,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return OURS[head or ("mlm" if settings.kind == "encoder" else "causal")](config)
+
+
+def load(
+    directory: str | Path, head: Head = "mlm", labels: Sequence[str] | None = None, regression: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a directory, in fp32 on the CPU, under the head asked for; a head the directory lacks is drawn at random.
+
+    Trimline's directories and stock BERT's become our classes, which take `masks`; others stay Hugging Face's own.
+    labels: names of the classes; regression: one number instead. Neither: as the directory says.
+    Raises UserError where there is no such model or it cannot have that head, for weights that are not plain tensors, and for
+    code in the directory unless trust_remote_code.
+    """
+    path = Path(directory)
+    kind = _model_type(path, trust_remote_code)
+    try:
+        with quiet():
+            trust: dict[str, Any] = {} if kind == "trimline" else {"trust_remote_code": trust_remote_code}
+            config: Any = (TrimlineConfig if kind == "trimline" else AutoConfig).from_pretrained(path, **trust)
+            _check_head(path, config, head)
+            if head == "classification":
+                _set_labels(path, config, labels, regression)
+            stock_bert = kind == "bert" and bert.is_ours_shaped(config)
+            model_class = OURS[head] if kind == "trimline" else BERT[head] if stock_bert else ANY[head]
+            model, report = model_class.from_pretrained(path, config=config, output_loading_info=True, **trust)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: the weights are a pickle that holds more than tensors, not run; take a copy of the model in safetensors") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be loaded as a model for {head}: {str(error).strip().splitlines()[0]}") from error
+    _check_complete(path, model, report["missing_keys"])
+    return bert.convert(model) if stock_bert else model.float()
+
+
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Raises UserError when a loaded model knows fewer tokens than the tokenizer makes, or fewer positions than rows are long."""
+    config = model.config
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{config.name_or_path}: the model knows {config.vocab_size} tokens, the tokenizer makes {len(tokenizer)}; "
+            "set tokenize.tokenizer to the model's own tokenizer directory"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise UserError(f"{config.name_or_path}: the model takes {positions} tokens, rows have {length}; lower the length of the rows to that")
+
+
+def _model_type(path: Path, trust_remote_code: bool) -> str:
+    """What config.json says the model is, once it is known to need no code that we may not run."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such model directory; give one that save_pretrained wrote")
+    try:
+        written = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind = written.get("model_type", "")
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a model directory, it has no config.json; give one that save_pretrained wrote") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path / 'config.json'}: not a readable model configuration: {error}") from None
+    if kind == "trimline" or kind in CONFIG_MAPPING:
+        return kind
+    if "auto_map" not in written:
+        raise UserError(f"{path / 'config.json'}: model_type {kind!r} is not known to Trimline or the installed transformers")
+    if not trust_remote_code:
+        raise UserError(f"{path}: a model of type {kind!r} runs code from its directory; if you trust it, set model.trust_remote_code: true")
+    return kind
+
+
+def _check_head(path: Path, config: PretrainedConfig, head: Head) -> None:
+    if config.model_type == "trimline":
+        kind = config.kind
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        kind = "decoder" if getattr(config, "is_decoder", False) else "encoder"
+    else:
+        return
+    if (kind == "decoder") != (head == "causal"):
+        wanted = "a decoder" if head == "causal" else "an encoder"
+        raise UserError(f"{path}: a model of kind {kind} ({config.model_type}) cannot have the head {head}; give {wanted}")
+
+
+def _set_labels(path: Path, config: PretrainedConfig, labels: Sequence[str] | None, regression: bool) -> None:
+    names = ["score"] if regression else list(labels) if labels is not None else None
+    if names is None:
+        return
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if classifies and config.num_labels != len(names):
+        raise UserError(f"{path}: was fine-tuned for {config.num_labels} labels, the task has {len(names)}; start from the model before fine-tuning")
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.problem_type = "regression" if regression else "single_label_classification"
+
+
+def _check_complete(path: Path, model: PreTrainedModel, missing: Sequence[str]) -> None:
+    """Only what stands on the body may be new."""
+    body = f"{model.base_model_prefix}."
+    lacking = sorted(name for name in missing if name.startswith(body) and "pooler" not in name)
+    if lacking:
+        raise UserError(f"{path}: the weights lack {len(lacking)} tensors that config.json asks for, as {lacking[0]}; take a whole copy of the model")

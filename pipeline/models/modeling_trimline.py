@@ -1,0 +1,361 @@
+"""The transformer: BERT's encoder (Devlin et al. 2019) or a causal decoder, with layers of any width and masks on its units.
+
+This file and `positions.py` are copied into exported model directories and run there without Trimline, so they import
+nothing but torch, transformers and each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from .positions import SCHEMES
+
+Masks = dict[str, Tensor]
+"""`heads` [layers, heads] multiplies each head's context, `neurons` [layers, ffn] each gelu output (CoFi: z_head, z_int).
+
+Entries past a layer's own width are ignored. A layer whose row is all zero acts as if its sub-layer were removed,
+residual LayerNorm included, so that masking and removing give the same output.
+"""
+
+
+class TrimlineConfig(PretrainedConfig):
+    """Shape of a model.
+
+    heads_per_layer, ffn_per_layer: heads and feed-forward neurons of each layer; 0 means the sub-layer is gone.
+    kind: `encoder` or `decoder`. norm: LayerNorm `post` (BERT) or `pre` (GPT-2) each sub-layer.
+    positions: name of a scheme in `positions.SCHEMES`. type_vocab_size: token types (BERT's segments A and B), 0 for none.
+    """
+
+    model_type = "trimline"
+
+    def __init__(
+        self,
+        vocab_size: int = 8000,
+        hidden_size: int = 256,
+        head_dim: int = 64,
+        heads_per_layer: list[int] | tuple[int, ...] = (4, 4, 4, 4),
+        ffn_per_layer: list[int] | tuple[int, ...] = (1024, 1024, 1024, 1024),
+        kind: str = "encoder",
+        norm: str = "post",
+        positions: str = "absolute",
+        type_vocab_size: int = 0,
+        dropout: float = 0.1,
+        max_position_embeddings: int = 512,
+        layer_norm_eps: float = 1e-12,
+        initializer_range: float = 0.02,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        **kwargs: Any,
+    ):
+        if len(heads_per_layer) != len(ffn_per_layer):
+            raise ValueError(f"heads_per_layer names {len(heads_per_layer)} layers, ffn_per_layer {len(ffn_per_layer)}")
+        kwargs["num_hidden_layers"] = len(heads_per_layer)
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.head_dim = head_dim
+        self.heads_per_layer = list(heads_per_layer)
+        self.ffn_per_layer = list(ffn_per_layer)
+        self.kind = kind
+        self.norm = norm
+        self.positions = positions
+        self.type_vocab_size = type_vocab_size
+        self.dropout = dropout
+        self.max_position_embeddings = max_position_embeddings
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self.tie_word_embeddings = True
+        self.use_cache = False
+        super().__init__(**kwargs)
+
+
+@dataclass
+class TrimlineOutput(ModelOutput):
+    """last_hidden_state [B, L, d]; pooler_output [B, d], tanh of the first token; hidden_states: embeddings and each layer's
+    output, where asked for; memory_states [B, L, d], the input of the last feed-forward block there is (else the last hidden state)."""
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    memory_states: Tensor | None = None
+
+
+@dataclass
+class TrimlineHeadOutput(ModelOutput):
+    """loss: mean over the labelled targets, in nats; logits as the head says; the rest as in `TrimlineOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    memory_states: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of `heads` heads of fixed width."""
+
+    def __init__(self, config: TrimlineConfig, heads: int):
+        super().__init__()
+        width = heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.causal = config.kind == "decoder"
+        self.dropout = config.dropout
+        self.query = nn.Linear(config.hidden_size, width)
+        self.key = nn.Linear(config.hidden_size, width)
+        self.value = nn.Linear(config.hidden_size, width)
+        self.output = nn.Linear(width, config.hidden_size)
+
+    def forward(self, x: Tensor, allowed: Tensor | None, head_mask: Tensor | None) -> Tensor:
+        """x [B, L, d]; allowed: boolean, broadcast to [B, heads, L, L]; head_mask [heads]."""
+        query, key, value = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.query, self.key, self.value))
+        context = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal and allowed is None
+        )
+        if head_mask is not None:
+            context = (context * head_mask[:, None, None]).to(x.dtype)
+        return self.output(context.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: TrimlineConfig, neurons: int):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, neurons)
+        self.down = nn.Linear(neurons, config.hidden_size)
+
+    def forward(self, x: Tensor, neuron_mask: Tensor | None) -> Tensor:
+        neurons = F.gelu(self.up(x))
+        if neuron_mask is not None:
+            neurons = (neurons * neuron_mask).to(x.dtype)
+        return self.down(neurons)
+
+
+class Block(GradientCheckpointingLayer):
+    """Attention, then feed-forward, each with its residual and LayerNorm; a sub-layer of no units is left out with its LayerNorm."""
+
+    attention_norm: Any
+    feed_forward_norm: Any
+
+    def __init__(self, config: TrimlineConfig, heads: int, neurons: int):
+        super().__init__()
+        self.pre = config.norm == "pre"
+        self.attention = Attention(config, heads) if heads else None
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if heads else None
+        self.feed_forward = FeedForward(config, neurons) if neurons else None
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if neurons else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, allowed: Tensor | None, head_mask: Tensor | None, neuron_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns the block's output and the input of its feed-forward sub-layer, both [B, L, d]; None where there is no such sub-layer."""
+        if self.attention is not None:
+            inner = self.attention_norm(x) if self.pre else x
+            x = self._join(x, self.attention(inner, allowed, head_mask), self.attention_norm, head_mask)
+        if self.feed_forward is None:
+            return x, None
+        inner = self.feed_forward_norm(x) if self.pre else x
+        return self._join(x, self.feed_forward(inner, neuron_mask), self.feed_forward_norm, neuron_mask), inner
+
+    def _join(self, x: Tensor, update: Tensor, norm: nn.Module, mask: Tensor | None) -> Tensor:
+        joined = x + self.dropout(update)
+        if not self.pre:
+            joined = norm(joined)
+        # Without the choice, the output bias and the LayerNorm of a fully masked sub-layer would still act.
+        return joined if mask is None else torch.where((mask != 0).any(), joined, x)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: TrimlineConfig):
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.positions = SCHEMES[config.positions](config.hidden_size, config.max_position_embeddings)
+        self.types = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "post" else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        x = self.positions.embed(self.word(input_ids), position_ids)
+        if self.types is not None:
+            x = x + self.types(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+        return self.dropout(x if self.norm is None else self.norm(x))
+
+
+class TrimlinePreTrainedModel(PreTrainedModel):
+    config_class = TrimlineConfig
+    config: TrimlineConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+
+class TrimlineModel(TrimlinePreTrainedModel):
+    """The body without a head. `add_pooling_layer`: whether an encoder ends in BERT's pooler."""
+
+    def __init__(self, config: TrimlineConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Block(config, *units) for units in zip(config.heads_per_layer, config.ffn_per_layer, strict=True))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "pre" else None
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer and config.kind == "encoder" else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.embeddings.word = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        masks: Masks | None = None,
+        output_hidden_states: bool = False,
+    ) -> TrimlineOutput:
+        """input_ids [B, L]; attention_mask [B, L], 1 for tokens and 0 for padding; token types are ignored by a model without them."""
+        masks = masks or {}
+        if unknown := masks.keys() - {"heads", "neurons"}:
+            raise ValueError(f"masks has {sorted(unknown)}; known are heads and neurons")
+        x = self.embeddings(input_ids, token_type_ids, position_ids)
+        allowed = self._allowed(attention_mask)
+        states, memory = [x], None
+        for layer, block in enumerate(self.layers):
+            head_mask, neuron_mask = self._row(masks, "heads", layer), self._row(masks, "neurons", layer)
+            x, feed_forward_input = block(x, allowed, head_mask, neuron_mask)
+            memory = memory if feed_forward_input is None else feed_forward_input
+            states.append(x)
+        if self.norm is not None:
+            states[-1] = x = self.norm(x)
+        return TrimlineOutput(
+            last_hidden_state=x,
+            pooler_output=torch.tanh(self.pooler(x[:, 0])) if self.pooler is not None else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            memory_states=x if memory is None else memory,
+        )
+
+    def _row(self, masks: Masks, unit: str, layer: int) -> Tensor | None:
+        width = (self.config.heads_per_layer if unit == "heads" else self.config.ffn_per_layer)[layer]
+        return masks[unit][layer, :width] if unit in masks and width else None
+
+    def _allowed(self, attention_mask: Tensor | None) -> Tensor | None:
+        """Boolean [B, 1, 1 or L, L], true where a query may look at a key; None where there is no padding to hide."""
+        if attention_mask is None:
+            return None
+        allowed = attention_mask[:, None, None, :].bool()
+        if self.config.kind == "decoder":
+            length = attention_mask.shape[1]
+            allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=allowed.device).tril()
+        return allowed
+
+
+class MaskedLMHead(nn.Module):
+    def __init__(self, config: TrimlineConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.norm(F.gelu(self.dense(x))))
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that are not -100, in fp32; 0, with a gradient of 0, where there are none."""
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return total / (labels != -100).sum().clamp(min=1)
+
+
+class TrimlineForMaskedLM(TrimlinePreTrainedModel):
+    """BERT's masked language model: its output matrix is the token embedding."""
+
+    _tied_weights_keys = {"head.decoder.weight": "model.embeddings.word.weight"}  # noqa: RUF012 transformers' own convention
+
+    def __init__(self, config: TrimlineConfig):
+        super().__init__(config)
+        self.model = TrimlineModel(config, add_pooling_layer=False)
+        self.head = MaskedLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.head.decoder = value
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **inputs: Any) -> TrimlineHeadOutput:
+        """logits [B, L, vocab]. With `labels` [B, L] only the T labelled positions (not -100) are projected: logits [T, vocab], in row order."""
+        body = self.model(input_ids, attention_mask, **inputs)
+        x, loss = body.last_hidden_state, None
+        if labels is not None:
+            labelled = labels != -100
+            x, labels = x[labelled], labels[labelled]
+        logits = self.head(x)
+        if labels is not None:
+            loss = mean_cross_entropy(logits, labels)
+        return TrimlineHeadOutput(loss=loss, logits=logits, hidden_states=body.hidden_states, memory_states=body.memory_states)
+
+
+class TrimlineForCausalLM(TrimlinePreTrainedModel, GenerationMixin):
+    """Next-token prediction with a tied output matrix. `generate` works without a key-value cache: each token costs a full pass."""
+
+    _tied_weights_keys = {"head.weight": "model.embeddings.word.weight"}  # noqa: RUF012 transformers' own convention
+
+    def __init__(self, config: TrimlineConfig):
+        super().__init__(config)
+        self.model = TrimlineModel(config, add_pooling_layer=False)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.head = value
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, return_dict: bool = True, **inputs: Any
+    ) -> TrimlineHeadOutput | tuple[Any, ...]:
+        """logits [B, L, vocab]. `labels` [B, L] are aligned with the input: the loss at position i is that of labels[i + 1]."""
+        body = self.model(input_ids, attention_mask, **inputs)
+        logits = self.head(body.last_hidden_state)
+        loss = None if labels is None else mean_cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        output = TrimlineHeadOutput(loss=loss, logits=logits, hidden_states=body.hidden_states, memory_states=body.memory_states)
+        return output if return_dict else output.to_tuple()
+
+
+class TrimlineForSequenceClassification(TrimlinePreTrainedModel):
+    """A class, or a number where `config.num_labels` is 1, from BERT's pooler."""
+
+    def __init__(self, config: TrimlineConfig):
+        super().__init__(config)
+        if config.kind != "encoder":
+            raise ValueError(f"classification needs a model of kind encoder, found {config.kind}")
+        assert config.num_labels is not None
+        self.model = TrimlineModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **inputs: Any) -> TrimlineHeadOutput:
+        """logits [B, labels]. labels [B]: cross-entropy with class numbers, or mean squared error with numbers."""
+        body = self.model(input_ids, attention_mask, **inputs)
+        logits, loss = self.classifier(self.dropout(body.pooler_output)), None
+        if labels is not None and self.config.num_labels == 1:
+            loss = F.mse_loss(logits.squeeze(-1).float(), labels.float())
+        elif labels is not None:
+            loss = mean_cross_entropy(logits, labels)
+        return TrimlineHeadOutput(loss=loss, logits=logits, hidden_states=body.hidden_states, memory_states=body.memory_states)

@@ -1,0 +1,57 @@
+"""What a model is trained for, and what the training loop trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+class Objective(nn.Module, ABC):
+    """Named losses of a model on a batch. May own further networks; they are trained with the model."""
+
+    predicted: float = 1.0
+    """Share of a row's positions that are predicted: what the vocabulary projection costs."""
+
+    @abstractmethod
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        """The batch with its draws about the data made (masking) and `labels` added; -100 is no target.
+
+        A row of the result depends on that row and `step` alone, not on the rows beside it.
+        """
+
+    @abstractmethod
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """For each named loss, how many targets of this prepared batch it is a mean over: int64 scalars."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Named scalar mean losses of a prepared batch. A loss without a target in this batch is 0, not nan."""
+
+
+class Trainee(nn.Module):
+    """A model and its objective bound together: all that the training loop sees.
+
+    side: fp32 module kept outside DeepSpeed, or None (see DESIGN.md).
+    flops_per_row: floating-point operations of training on one row, forward and backward, for the utilisation (MFU)
+        that the loop logs; None where it is not known.
+    """
+
+    side: nn.Module | None = None
+
+    def __init__(self, model: nn.Module, objective: Objective, *, flops_per_row: float | None = None):
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.flops_per_row = flops_per_row
+
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        return self.objective.prepare(batch, step)
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        return self.objective.targets(batch)
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        return self.objective(self.model, batch, step)

@@ -1,0 +1,57 @@
+"""A pretrained model and a labelled task -> a model of the task."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from typing import Any
+
+import torch
+
+from pipeline.corpus import tokenizer as tokenizers
+from pipeline.models import build, export
+from pipeline.objectives.base import Trainee
+from pipeline.objectives.classify import Classify
+from pipeline.tasks import metrics
+from pipeline.tasks import task as tasks
+from pipeline.tasks.batches import TaskBatches
+from pipeline.training.loop import train
+from pipeline.workflow import Work
+
+
+def run(work: Work) -> dict[str, Any]:
+    recipe, settings = work.recipe, work.recipe.finetune
+    assert settings is not None
+    task = tasks.load(settings.task, recipe.seed)
+    start = work.input("pretrain") / "model" if recipe.pretrain else recipe.model.from_
+    assert start is not None
+    tokenizer = tokenizers.load(start)
+    batches = TaskBatches(task.splits["train"], tokenizer, task, settings.batch_size, recipe.seed)
+
+    torch.manual_seed(recipe.seed)  # every rank draws the same classifier
+    options: dict[str, Any] = {"head": "classification", "trust_remote_code": recipe.model.trust_remote_code}
+    model = build.load(start, labels=task.labels, regression=task.regression, **options)
+    build.check_fits(model, tokenizer, task.max_length)
+    summary = train(
+        Trainee(model, Classify()),
+        batches,
+        settings,
+        steps=math.ceil(settings.epochs * batches.steps_per_epoch),
+        seed=recipe.seed,
+        directory=work.directory,
+        logs=work.logs,
+        ranks=work.ranks,
+        title="finetune",
+    )
+    if not work.ranks.first:
+        return {}
+    export.save(model, tokenizer, work.directory / "model", summary.weights)
+    saved = build.load(work.directory / "model", **options)  # scored as others will load it
+    scores = metrics.evaluate(saved, tokenizer, task, "dev", settings.micro_batch_size, next(model.parameters()).device)
+    shutil.rmtree(work.directory / "checkpoints")
+    return {
+        **{f"dev_{name}": round(value, 4) for name, value in scores.items()},
+        "loss_classify": round(summary.losses["classify"], 4),
+        "steps": summary.steps,
+        "tokens_per_second": round(summary.tokens_per_second),
+    }

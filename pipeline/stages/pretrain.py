@@ -1,0 +1,61 @@
+"""Plan and token store -> a pretrained model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pipeline import objectives
+from pipeline.corpus import tokenizer as tokenizers
+from pipeline.corpus.store import Store
+from pipeline.models import build, export, size
+from pipeline.models.modeling_trimline import TrimlineConfig
+from pipeline.objectives.base import Trainee
+from pipeline.packing.loader import Loader
+from pipeline.packing.plan import Plan
+from pipeline.recipe import Recipe
+from pipeline.training.loop import train
+from pipeline.workflow import Work
+
+
+def run(work: Work) -> dict[str, Any]:
+    recipe, settings = work.recipe, work.recipe.pretrain
+    assert settings is not None
+    tokenizer = tokenizers.load(work.input("tokenize") / "tokenizer")
+    plan = Plan.open(work.input("pack") / "train")
+    batches = Loader(plan, Store.open(work.input("tokenize") / "train"), tokenizer, settings.batch_size, recipe.seed)
+
+    torch.manual_seed(recipe.seed)  # every rank starts from the same weights
+    model = starting_model(recipe, tokenizer, plan.length)
+    objective = objectives.build(settings.objective, tokenizer, recipe.seed)
+    flops = size.training_flops_per_row(model.config, plan.length, objective.predicted) if isinstance(model.config, TrimlineConfig) else None
+    parameters = size.parameters(model)
+
+    trainee = Trainee(model, objective, flops_per_row=flops)
+    summary = train(
+        trainee,
+        batches,
+        settings,
+        steps=settings.steps,
+        seed=recipe.seed,
+        directory=work.directory,
+        logs=work.logs,
+        ranks=work.ranks,
+        loss_weights=settings.loss_weights,
+    )
+    if work.ranks.first:
+        export.save(model, tokenizer, work.directory / "model", summary.weights)
+    losses = {f"loss_{name}": round(loss, 4) for name, loss in summary.losses.items()}
+    return {**losses, "steps": summary.steps, "tokens_per_second": round(summary.tokens_per_second), "parameters": parameters}
+
+
+def starting_model(recipe: Recipe, tokenizer: Any, length: int) -> Any:
+    """New weights, or those of `model.from`, under the head that the objective needs."""
+    assert recipe.pretrain is not None
+    if recipe.model.from_ is None:
+        return build.new(recipe.model, tokenizer)
+    head: build.Head = "mlm" if recipe.pretrain.objective.kind == "encoder" else "causal"
+    model = build.load(recipe.model.from_, head=head, trust_remote_code=recipe.model.trust_remote_code)
+    build.check_fits(model, tokenizer, length)
+    return model

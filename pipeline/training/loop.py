@@ -1,0 +1,303 @@
+"""The training loop: one for every stage, stage of ZeRO and number of ranks.
+
+What the optimiser sees does not depend on how rows are divided. With n the targets of a named loss in a micro-batch and N in
+the global batch, a micro-batch's mean loss enters with weight n / N, so the sum over micro-batches and ranks is the mean over
+all targets; a mean of means would not be, where rows have unequal numbers of targets.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+from pipeline.errors import UserError
+from pipeline.launch.ranks import Ranks
+from pipeline.training import engine as engines
+from pipeline.training import telemetry
+from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.deepspeed_config import division, render
+from pipeline.training.schedules import learning_rate
+from pipeline.training.settings import TrainSettings
+from pipeline.training.signals import Stopped, StopRequest, stop_requests
+
+__all__ = ["Batches", "Stopped", "Summary", "train"]
+
+
+class Batches(Protocol):
+    """What the loop trains on; see DESIGN.md."""
+
+    batch_size: int
+    unit: int
+    fingerprint: str
+
+    def batch(self, step: int, rank: int, world: int) -> dict[str, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came out of a training.
+
+    losses: global means of the last step, by name. seconds: in training steps, over all restarts.
+    tokens_per_second: tokens that are not padding, all ranks.
+    weights: on rank 0 the full fp32 state dict of `trainee.model`; None on the others.
+    """
+
+    losses: dict[str, float]
+    seconds: float
+    tokens_per_second: float
+    steps: int
+    weights: dict[str, Tensor] | None = field(repr=False)
+
+
+def train(
+    trainee: nn.Module,
+    batches: Batches,
+    settings: TrainSettings,
+    *,
+    steps: int,
+    seed: int,
+    directory: Path,
+    logs: Path,
+    ranks: Ranks,
+    loss_weights: dict[str, float] | None = None,
+    title: str = "pretrain",
+) -> Summary:
+    """Trains for `steps` optimiser steps, going on from `directory/checkpoints` where there are any. Every rank calls it.
+
+    The trainee's losses must be 0, not nan, in a batch without targets. A finished training returns its summary at once.
+    Raises Stopped after SIGTERM, SIGINT or SIGUSR2, with a checkpoint saved; UserError when the batch cannot be divided among
+    the ranks, the checkpoints do not fit, or a loss is no longer finite.
+    """
+    if ranks.size > 1 and ranks.by != "torch":
+        raise UserError(f"{title}: {ranks.size} ranks were started by {ranks.by}; start them with the deepspeed launcher or with srun")
+    with stop_requests() as stop:
+        loop = _Loop(trainee, batches, settings, steps, seed, directory, logs, ranks, loss_weights or {}, title)
+        try:
+            return loop.run(stop)
+        finally:
+            loop.close()
+
+
+@dataclass
+class _Loop:
+    trainee: Any
+    batches: Batches
+    settings: TrainSettings
+    steps: int
+    seed: int
+    directory: Path
+    logs: Path
+    ranks: Ranks
+    loss_weights: dict[str, float]
+    title: str
+
+    def __post_init__(self) -> None:
+        trainee, batches, ranks = self.trainee, self.batches, self.ranks
+        settings = self.settings.model_copy(update={"batch_size": batches.batch_size})
+        self.rows, self.accumulation = division(batches.batch_size, batches.unit, settings.micro_batch_size, ranks.size)
+        config = render(settings.deepspeed, settings, rows=self.rows, world=ranks.size)
+        self.device = engines.start()
+        assert distributed.get_world_size() == ranks.size, f"{distributed.get_world_size()} ranks joined, {ranks.size} expected"
+        self.side = _outside(trainee, self.device)
+        self.side_optimizer = self.side.optimizer() if self.side is not None else None
+        if settings.activation_checkpointing:
+            trainee.model.gradient_checkpointing_enable()
+        trainee.train()
+        self.engine = engines.build(trainee, config, settings)
+
+        precision = engines.precision(config)
+        identity = {"data": batches.fingerprint, "ZeRO stage": engines.zero_stage(self.engine), "precision": precision}
+        self.checkpoints = Checkpoints(
+            self.directory / "checkpoints", self.engine, self.side, self.side_optimizer, identity, settings.keep_checkpoints
+        )
+        self.start, self.progress = self.checkpoints.restore() or (0, {"losses": {}, "seconds": 0.0, "tokens": 0})
+        if self.start > self.steps:
+            raise UserError(
+                f"{self.directory}: trained for {self.start} steps already, {self.steps} are asked for; remove {self.directory} to train again"
+            )
+        self.telemetry = telemetry.Telemetry(self.logs, title=self.title, start=self.start, steps=self.steps) if ranks.first else None
+        if self.start and ranks.first:
+            print(f"{self.title}: goes on after step {self.start}", flush=True)
+        peak, flops = telemetry.peak_flops(self.device, precision), getattr(trainee, "flops_per_row", None)
+        self.mfu_per_row = flops / (peak * ranks.size) if peak and flops else None  # times rows a second
+        self.names: list[str] = []
+        self.pending: list[tuple[dict[str, Any], Tensor]] = []
+
+    def run(self, stop: StopRequest) -> Summary:
+        self.clock = time.perf_counter()
+        for step in range(self.start, self.steps):
+            stop_wanted = self._step(step, stop)
+            done = step + 1
+            asked = stop_wanted()
+            save = asked or done == self.steps or done % self.settings.checkpoint_every == 0
+            if save or done % self.settings.log_every == 0:
+                self._flush(rates=done == self.steps or done % self.settings.log_every == 0)
+            if save:
+                self.checkpoints.save(done, self.progress)
+                self.clock = time.perf_counter()
+            if asked:
+                if self.ranks.first:
+                    print(f"{self.title}: stopped after step {done} by {stop.signal_name or 'another rank'}, checkpoint saved", flush=True)
+                raise Stopped(done, stop.signal_name or "another rank")
+        seconds, tokens = self.progress["seconds"], self.progress["tokens"]
+        weights = engines.full_weights(self.engine, self.trainee.model)
+        return Summary(self.progress["losses"], seconds, tokens / max(seconds, 1e-9), self.steps, weights)
+
+    def _step(self, step: int, stop: StopRequest) -> Callable[[], bool]:
+        """One optimiser step. Returns how to ask whether any rank wants to stop, without waiting for the device now."""
+        lr = learning_rate(self.settings, step, self.steps)
+        engines.set_learning_rate(self.engine, lr)
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, step, self.ranks.rank]).generate_state(1, np.uint64)[0]))
+        if self.side is not None:
+            self.side.before_step(step)
+        micro_batches, counts, totals = self._batch(step, stop)
+        shares = counts / totals[: len(self.names)].clamp(min=1)  # [micro-batches, losses]
+        means = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(micro_batches):
+            losses = self.engine(batch, step)
+            assert sorted(losses) == self.names, f"losses {sorted(losses)}, targets {self.names}"
+            stacked = torch.stack([losses[name].float() for name in self.names])
+            means += stacked.detach() * shares[index]
+            share = (self.weights * shares[index] * self.ranks.size).float()  # DeepSpeed divides gradients by the number of ranks
+            self.engine.backward((stacked * share).sum(), scale_wrt_gas=False)
+            if index + 1 < self.accumulation:
+                self.engine.step()
+        norm = engines.step(self.engine)
+        record = {"step": step + 1, "lr": lr, "side": self._step_side(step)}
+        self.pending.append((record, torch.cat([means, norm.reshape(1), totals[-2:-1].double()])))
+        return _later(totals[-1])
+
+    def _batch(self, step: int, stop: StopRequest) -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
+        """This rank's prepared micro-batches, their targets [micro-batches, losses], and over all ranks
+        the targets of each loss, the tokens that are not padding, and how many ranks were asked to stop: int64 [losses + 2].
+        """
+        arrays = self.batches.batch(step, self.ranks.rank, self.ranks.size)
+        found = {len(array) for array in arrays.values()}
+        assert found == {self.rows * self.accumulation}, f"batch of {found} rows, expected {self.rows * self.accumulation}"
+        tokens = arrays["attention_mask"].sum() if "attention_mask" in arrays else next(iter(arrays.values())).size
+        micro_batches = []
+        for start in range(0, self.rows * self.accumulation, self.rows):
+            batch = {name: _to(array[start : start + self.rows], self.device) for name, array in arrays.items()}
+            micro_batches.append(self.trainee.prepare(batch, step))
+        targets = [self.trainee.targets(batch) for batch in micro_batches]
+        if not self.names:
+            self.names = sorted(targets[0])
+            unknown = sorted(set(self.loss_weights) - set(self.names))
+            if unknown:
+                raise UserError(f"loss_weights: no loss is called {', '.join(unknown)}; the losses here are {', '.join(self.names)}")
+            self.weights = torch.tensor([self.loss_weights.get(name, 1.0) for name in self.names], device=self.device)
+        counts = torch.stack([torch.stack([found[name].to(self.device, torch.int64) for name in self.names]) for found in targets])
+        totals = torch.cat([counts.sum(0), _to(np.array([tokens, bool(stop)], dtype=np.int64), self.device)])
+        distributed.all_reduce(totals)
+        return micro_batches, counts, totals
+
+    def _step_side(self, step: int) -> dict[str, float]:
+        """Averages the side module's gradients over ranks and steps it."""
+        if self.side is None:
+            return {}
+        gradients = [parameter.grad for parameter in self.side.parameters() if parameter.grad is not None]
+        if gradients:
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            distributed.all_reduce(flat)
+            flat /= self.ranks.size
+            for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        if self.side_optimizer is not None:
+            self.side_optimizer.step()
+        values = self.side.after_step(step)
+        self.side.zero_grad(set_to_none=True)
+        return values
+
+    def _flush(self, rates: bool) -> None:
+        """Brings the pending steps' figures to the host, checks that they are finite, and writes them down."""
+        count = len(self.names)
+        figures = torch.stack([row for _, row in self.pending])  # [steps, losses | gradient norm | tokens]
+        means = figures[:, :count].contiguous()
+        distributed.all_reduce(means)
+        values, rest = means.tolist(), figures[:, count:].tolist()
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        records: list[dict[str, Any]] = []
+        for (record, _), losses, (norm, _) in zip(self.pending, values, rest, strict=True):
+            by_name = dict(zip(self.names, losses, strict=True))
+            total = sum(self.loss_weights.get(name, 1.0) * loss for name, loss in by_name.items())
+            self._check_finite(record, by_name, norm)
+            records.append({"step": record["step"], "loss": total, "losses": by_name, "lr": record["lr"], "grad_norm": norm, "side": record["side"]})
+        tokens = round(sum(tokens for _, tokens in rest))
+        if rates:
+            rows = self.batches.batch_size * len(records) / seconds
+            records[-1] |= {
+                "tokens_per_second": tokens / seconds,
+                "rows_per_second": rows,
+                "memory_bytes": telemetry.memory_bytes(self.device),
+                "mfu": rows * self.mfu_per_row if self.mfu_per_row else None,
+            }
+        self.pending.clear()
+        self.progress = {
+            "losses": records[-1]["losses"],
+            "seconds": self.progress["seconds"] + seconds,
+            "tokens": self.progress["tokens"] + tokens,
+        }
+        if self.telemetry is not None:
+            self.telemetry.record(records)
+
+    def _check_finite(self, record: dict[str, Any], losses: dict[str, float], norm: float) -> None:
+        bad = [f"loss {name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+        if not bad and not math.isfinite(norm):
+            bad = [f"the gradient norm is {norm}"]
+        if bad:
+            raise UserError(
+                f"{self.title}: step {record['step']}: {', '.join(bad)} (learning rate {record['lr']:.2e}, gradient norm {norm:.3g}); "
+                f"the last checkpoint in {self.checkpoints.directory} is from before it. "
+                f"Try a lower lr, a longer warmup_ratio, a smaller gradient_clipping, or a DeepSpeed configuration in fp32"
+            )
+
+    def close(self) -> None:
+        if self.telemetry is not None:
+            self.telemetry.close()
+        engines.close(self.engine)
+
+
+def _outside(trainee: Any, device: torch.device) -> Any:
+    """The trainee's side module, kept from DeepSpeed (which would cast, shard and step it), the same on every rank."""
+    side = trainee.side
+    if side is None:
+        return None
+    if trainee._modules.pop("side", None) is not None:
+        object.__setattr__(trainee, "side", side)
+    inside = {id(parameter) for parameter in trainee.parameters()}
+    assert not any(id(parameter) in inside for parameter in side.parameters()), "the side module is also a part of the trainee"
+    side.to(device)
+    with torch.no_grad():
+        for tensor in (*side.parameters(), *side.buffers()):
+            distributed.broadcast(tensor, src=0)
+    return side
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _later(value: Tensor) -> Callable[[], bool]:
+    """Starts bringing a scalar to the host; the call reads it. Waits for that copy alone, not for what was queued after it."""
+    if value.device.type != "cuda":
+        return lambda: bool(value)
+    copy = torch.empty((), dtype=value.dtype, pin_memory=True)
+    copy.copy_(value, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> bool:
+        arrived.synchronize()
+        return bool(copy)
+
+    return read

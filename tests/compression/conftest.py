@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineForSequenceClassification
+
+
+@pytest.fixture
+def encoder():
+    """Makes a classifier of 3 layers (4 heads of 8, 48 neurons) with weights large enough for every unit to show in the logits."""
+
+    def make(norm="post", labels=3, dropout=0.0, seed=0):
+        torch.manual_seed(seed)
+        config = TrimlineConfig(
+            vocab_size=50, hidden_size=32, head_dim=8, heads_per_layer=[4, 4, 4], ffn_per_layer=[48, 48, 48], norm=norm, dropout=dropout,
+            max_position_embeddings=16, initializer_range=0.2, num_labels=labels,
+        )
+        model = TrimlineForSequenceClassification(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.2)
+        return model
+
+    return make

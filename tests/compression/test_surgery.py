@@ -1,0 +1,79 @@
+import json
+
+import pytest
+import torch
+
+from pipeline.compression.surgery import remove, structure, table
+from pipeline.models.modeling_trimline import TrimlineForSequenceClassification
+from pipeline.models.size import block_parameters, parameters
+
+
+def batch(rows=5, length=12):
+    generator = torch.Generator().manual_seed(1)
+    attention_mask = torch.ones(rows, length, dtype=torch.long)
+    attention_mask[1, 7:] = 0
+    return {"input_ids": torch.randint(1, 50, (rows, length), generator=generator), "attention_mask": attention_mask}
+
+
+def soft_masks(zero_heads=(), zero_neurons=()):
+    """Half of the units at 0, the others between 0 and 1; whole layers at 0 as asked."""
+    generator = torch.Generator().manual_seed(2)
+    masks = {"heads": torch.rand(3, 4, generator=generator), "neurons": torch.rand(3, 48, generator=generator)}
+    masks = {unit: torch.where(mask < 0.5, 0, mask) for unit, mask in masks.items()}
+    masks["heads"][:, 0], masks["neurons"][:, 0] = 0.7, 0.9
+    masks["heads"][list(zero_heads)] = 0
+    masks["neurons"][list(zero_neurons)] = 0
+    return masks
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize(
+    ("zero_heads", "zero_neurons"), [((), ()), ((1,), ()), ((), (2,)), ((0, 2), (0,)), ((1,), (1,)), ((0, 1, 2), (0, 1, 2))]
+)
+def test_the_removed_model_gives_the_masked_models_logits(encoder, norm, zero_heads, zero_neurons):
+    model, masks, inputs = encoder(norm), soft_masks(zero_heads, zero_neurons), batch()
+    with torch.no_grad():
+        whole, masked, removed = model(**inputs).logits, model(**inputs, masks=masks).logits, remove(model, masks)(**inputs).logits
+    assert (masked - removed).abs().max() < 1e-5
+    assert (masked - whole).abs().max() > 1e-2
+
+
+def test_the_dense_model_is_left_as_it_was(encoder):
+    model, inputs = encoder(), batch()
+    before, size = model(**inputs).logits, parameters(model)
+    remove(model, soft_masks(zero_heads=[1]))
+    assert torch.equal(model(**inputs).logits, before)
+    assert parameters(model) == size
+    assert model.config.heads_per_layer == [4, 4, 4]
+
+
+def test_the_weights_are_gone_and_the_config_says_so(encoder):
+    model, masks = encoder(), soft_masks(zero_heads=[1], zero_neurons=[0])
+    removed = remove(model, masks)
+    kept_heads, kept_neurons = (masks["heads"] > 0).sum(1).tolist(), (masks["neurons"] > 0).sum(1).tolist()
+    assert (removed.config.heads_per_layer, removed.config.ffn_per_layer) == (kept_heads, kept_neurons)
+    assert parameters(removed) < parameters(model)
+    alive = sum(p.numel() for name, p in removed.named_parameters() if "attention." in name or "feed_forward." in name)
+    assert alive == block_parameters(removed.config)
+    left = json.loads(json.dumps(structure(removed, model)))
+    assert left[1] == {"layer": 2, "heads": 0, "of_heads": 4, "neurons": kept_neurons[1], "of_neurons": 48}
+    assert table(left).row_count == 3
+
+
+def test_a_removed_model_is_built_again_from_its_config_and_can_be_pruned_further(encoder):
+    model, inputs = encoder(), batch()
+    removed = remove(model, soft_masks(zero_heads=[1]))
+    again = TrimlineForSequenceClassification(removed.config).eval()
+    again.load_state_dict(removed.state_dict())
+    assert torch.equal(again(**inputs).logits, removed(**inputs).logits)
+    masks = {"heads": torch.ones(3, 4)}
+    masks["heads"][0, 0] = 0
+    assert (remove(again, masks)(**inputs).logits - again(**inputs, masks=masks).logits).abs().max() < 1e-5
+
+
+def test_one_unit_alone_can_be_masked(encoder):
+    model, inputs = encoder(), batch()
+    masks = {"neurons": soft_masks()["neurons"]}
+    removed = remove(model, masks)
+    assert removed.config.heads_per_layer == [4, 4, 4]
+    assert (removed(**inputs).logits - model(**inputs, masks=masks).logits).abs().max() < 1e-5

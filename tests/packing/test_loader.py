@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.packing.loader import Loader
+from pipeline.packing.plan import make
+from pipeline.packing.settings import PackSettings
+
+LENGTHS = [25, 3, 0, 41, 17, 60, 9]
+ACROSS = PackSettings(length=10)
+PAIRS = PackSettings(length=10, segments="within", min_tokens=2, groups="consecutive", group_size=2)
+
+
+@pytest.fixture(scope="session")
+def loader(make_store, make_tokenizer, tmp_path_factory):
+    @lru_cache
+    def build(settings=ACROSS, batch_size=8, seed=5, kind="encoder", lengths=tuple(LENGTHS)):
+        store = make_store(lengths)
+        return Loader(make(tmp_path_factory.mktemp("plan"), settings, kind, store, make_tokenizer()), store, make_tokenizer(), batch_size, seed)
+
+    return build
+
+
+def test_an_encoders_rows_are_cls_tokens_sep_padding(loader):
+    rows = loader(PAIRS).rows(np.array([3, 4, 2, -1]))
+    # rows of 8: document 0 has segments 0 to 2 (a tail of 1 is dropped), document 1 has 3, document 3 begins with 4
+    assert rows["input_ids"].tolist() == [
+        [2, 110, 111, 112, 3, 0, 0, 0, 0, 0],
+        [2, *range(310, 318), 3],
+        [2, *range(26, 34), 3],
+        [2, 3, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert rows["attention_mask"].sum(1).tolist() == [5, 10, 10, 2]
+    assert all(values.dtype == np.int64 for values in rows.values())
+
+
+def test_a_decoders_rows_are_tokens_alone_and_run_over_document_ends(loader):
+    rows = loader(kind="decoder").rows(np.array([2, 15, -1]))
+    assert rows["input_ids"].tolist() == [[*range(30, 35), *range(110, 113), 310, 311], [*range(614, 619), 0, 0, 0, 0, 0], [0] * 10]
+    assert rows["attention_mask"].tolist() == [[1] * 10, [1] * 5 + [0] * 5, [1] + [0] * 9]
+
+
+@given(step=st.integers(0, 40), world=st.integers(1, 4), settings=st.sampled_from([ACROSS, PAIRS]))
+def test_the_ranks_together_see_the_plans_order_whatever_their_number(loader, step, world, settings):
+    whole = loader(settings)
+    count = len(whole.plan.groups)
+    groups = whole.groups_per_batch
+    expected = [whole.plan.groups[whole.plan.order(5, p // count)[p % count]] for p in range(step * groups, (step + 1) * groups)]
+    parts = [loader(settings).batch(step, rank, world) for rank in range(world)]
+    assert np.concatenate([part["segment"] for part in parts]).tolist() == np.concatenate(expected).tolist()
+    for key in ("input_ids", "attention_mask", "segment"):
+        assert (np.concatenate([part[key] for part in parts]) == whole.batch(step)[key]).all()
+
+
+@given(step=st.integers(0, 20), world=st.integers(1, 4))
+def test_groups_stay_whole_on_one_rank_and_are_numbered_from_0(loader, step, world):
+    for rank in range(world):
+        part = loader(PAIRS).batch(step, rank, world)
+        assert part["group"].tolist() == [number for number in range(len(part["group"]) // 2) for _ in range(2)]
+
+
+def test_an_epoch_shows_every_segment_once(loader):
+    whole = loader(batch_size=4)
+    assert whole.steps_per_epoch == 5.0
+    seen = np.concatenate([whole.batch(step)["segment"] for step in range(5, 10)])
+    assert sorted(seen) == list(range(20))
+
+
+def test_any_step_can_be_asked_for_in_any_order(loader, make_store, make_tokenizer):
+    used = loader()
+    for step in (0, 9, 2, 1):
+        used.batch(step)
+    fresh = Loader(used.plan, used.store, make_tokenizer(), 8, 5)
+    assert (fresh.batch(7)["input_ids"] == used.batch(7)["input_ids"]).all()
+
+
+def test_the_fingerprint_tells_batch_size_and_seed(loader):
+    assert len({loader().fingerprint, loader(seed=6).fingerprint, loader(batch_size=4).fingerprint, loader(PAIRS).fingerprint}) == 4
+
+
+def test_more_ranks_than_groups_in_a_batch_are_refused(loader):
+    assert len(loader(PAIRS).batch(0, 3, 4)["segment"]) == 2
+    with pytest.raises(UserError, match="5 ranks share 4 groups in a batch"):
+        loader(PAIRS).batch(0, 0, 5)
+
+
+def test_more_ranks_than_segments_are_refused(loader):
+    with pytest.raises(UserError, match="3 ranks share 2 segments in the plan"):
+        loader(lengths=(12,)).batch(0, 0, 3)
+
+
+def test_an_empty_plan_is_refused(loader):
+    with pytest.raises(UserError, match="the plan has no segments"):
+        loader(lengths=(0,))
+
+
+def test_a_batch_of_broken_groups_is_refused(loader):
+    with pytest.raises(UserError, match="batch_size 3 is not a multiple of the plan's group size 2"):
+        loader(PAIRS, batch_size=3)
+
+
+def test_a_plan_of_another_tokenizer_is_refused(loader, make_tokenizer):
+    with pytest.raises(UserError, match="made with tokenizer"):
+        Loader(loader().plan, loader().store, make_tokenizer(sep=9), 8, 5)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, PreTrainedTokenizerFast
+
+from pipeline.corpus.store import Store, Writer
+from pipeline.packing import plan
+from pipeline.packing.settings import PackSettings
+
+SPECIALS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
+# A process of its own: a training sets up torch.distributed for good.
+RUN = """
+import json, sys
+from pathlib import Path
+from pipeline.artifacts import Artifact
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.stages import pretrain
+from pipeline.workflow import Work
+here = Path.cwd()
+recipe = Recipe.model_validate(json.loads(sys.argv[1]))
+inputs = {stage: Artifact(here / stage, {}) for stage in ("tokenize", "pack")}
+for name in ("work", "logs"):
+    (here / name).mkdir(exist_ok=True)
+try:
+    metrics = pretrain.run(Work("pretrain", recipe, inputs, here / "work", here / "logs"))
+except UserError as error:
+    sys.exit(f"UserError: {error}")
+(here / "metrics.json").write_text(json.dumps(metrics))
+"""
+
+
+def make_inputs(directory: Path, kind: str) -> None:
+    """A token store of a toy language (eight of 55 words, in turn), its tokenizer and its plan."""
+    words = [*SPECIALS.values(), *(f"w{number}" for number in range(5, 60))]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=core, cls_token="<s>", sep_token="</s>", **SPECIALS).save_pretrained(
+        directory / "tokenize" / "tokenizer"
+    )
+    (directory / "tokenize" / "train").mkdir()
+    with Writer(directory / "tokenize" / "train" / "00000", np.uint16) as writer:
+        for document in range(100):
+            writer.add([*(5 + (np.arange(30) + document) % 8), 3])
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenize" / "tokenizer")
+    plan.make(directory / "pack" / "train", PackSettings(length=16), kind, Store.open(directory / "tokenize" / "train"), tokenizer)
+
+
+def run(directory: Path, model: dict, **pretrain: object) -> subprocess.CompletedProcess[str]:
+    sections = {
+        "tokenize": {},
+        "pack": {"length": 16},
+        "model": {"layers": 2, "hidden": 32, "heads": 2, "ffn": 64, "max_length": 16, "dropout": 0, **model},
+    }
+    settings = {"steps": 60, "batch_size": 16, "micro_batch_size": 16, "lr": 1e-2, "log_every": 30, "deepspeed": "zero0", **pretrain}
+    recipe = json.dumps({"name": "toy", **sections, "pretrain": settings})
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{RUN}", recipe],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_an_encoder_comes_out_as_stock_bert_and_serves_as_a_start(tmp_path):
+    make_inputs(tmp_path, "encoder")
+    done = run(tmp_path, {})
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["steps"] == 60
+    assert metrics["loss_mlm"] < math.log(60) - 1.5
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "work" / "model")
+    assert type(model) is BertForMaskedLM
+    types = model.bert.embeddings.token_type_embeddings.weight.numel()
+    assert metrics["parameters"] == sum(p.numel() for p in model.parameters()) - types
+    assert AutoTokenizer.from_pretrained(tmp_path / "work" / "model").mask_token_id == 4
+
+    (tmp_path / "work").rename(tmp_path / "first")
+    start = {"from": str(tmp_path / "first" / "model")}
+    done = run(tmp_path, start, steps=1, lr=1e-9)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert again["loss_mlm"] == pytest.approx(metrics["loss_mlm"], abs=0.4), "training did not start from the weights given"
+
+
+def test_a_decoder_is_trained_and_exported_with_its_code(tmp_path):
+    make_inputs(tmp_path, "decoder")
+    done = run(tmp_path, {"kind": "decoder", "norm": "pre"}, objective={"name": "causal"})
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["loss_causal"] < math.log(60) - 1.5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "model", trust_remote_code=True)
+    assert model.config.kind == "decoder"
+
+
+def test_rows_longer_than_a_given_model_takes_are_refused(tmp_path):
+    from transformers import BertConfig
+
+    make_inputs(tmp_path, "encoder")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=60, max_position_embeddings=8, **shape)).save_pretrained(tmp_path / "short")
+    done = run(tmp_path, {"from": str(tmp_path / "short")})
+    assert done.returncode != 0
+    assert "UserError" in done.stderr
+    assert "takes 8 tokens, rows have 16" in done.stderr

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+import torch
+
+from pipeline.artifacts import Artifact
+from pipeline.errors import UserError
+from pipeline.models import build
+from pipeline.models.size import block_parameters
+from pipeline.stages import prune
+from pipeline.workflow import Work
+
+
+@pytest.fixture(scope="module")
+def pruned(finetuned, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("prune")
+    (directory / "artifact").mkdir()
+    work = Work("prune", finetuned.recipe, {"finetune": finetuned.artifact}, directory / "artifact", directory / "logs")
+    return work, prune.run(work)
+
+
+def test_the_target_is_met_in_the_model_and_the_score_is_kept(finetuned, pruned):
+    work, figures = pruned
+    model = build.load(work.directory / "model", head="classification")
+    assert 1 - block_parameters(model.config) / block_parameters(finetuned.model.config) == pytest.approx(0.6, abs=0.01)
+    assert figures["realised_sparsity"] == pytest.approx(0.6, abs=0.01)
+    assert figures["expected_sparsity"] == pytest.approx(0.6, abs=0.06)
+    assert figures["dev_accuracy_teacher"] > 0.9
+    assert figures["dev_accuracy_recovered"] > figures["dev_accuracy_teacher"] - 0.04
+
+
+def test_only_the_model_and_its_structure_stay(pruned):
+    work, figures = pruned
+    assert sorted(path.name for path in work.directory.iterdir()) == ["model", "structure.json"]
+    structure = json.loads((work.directory / "structure.json").read_text())
+    config = build.load(work.directory / "model", head="classification").config
+    assert [(row["heads"], row["neurons"]) for row in structure["layers"]] == list(zip(config.heads_per_layer, config.ffn_per_layer, strict=True))
+    assert structure["realised_sparsity"] == figures["realised_sparsity"]
+    assert json.dumps(figures)
+
+
+def test_labels_and_tokenizer_travel_with_the_model(finetuned, pruned):
+    work, _ = pruned
+    assert build.load(work.directory / "model", head="classification").config.id2label == {0: "bad", 1: "good"}
+    assert (work.directory / "model" / "tokenizer.json").is_file()
+
+
+def test_the_constraint_can_be_watched(pruned):
+    work, _ = pruned
+    lines = [json.loads(line) for line in (work.logs / "masking" / "metrics.jsonl").read_text().splitlines()]
+    side = lines[-1]["side"]
+    assert {"expected_sparsity", "realised_sparsity", "target_sparsity", "lambda_1", "lambda_2", "heads_alive", "neurons_alive"} == set(side)
+    assert side["target_sparsity"] == 0.6
+    assert {"distill", "hard", "sparsity"} == set(lines[-1]["losses"])
+    assert (work.logs / "recovery" / "metrics.jsonl").is_file()
+
+
+def test_killed_in_the_recovery_it_resumes_to_the_same_model(finetuned, pruned, tmp_path, monkeypatch):
+    work = Work("prune", finetuned.recipe, {"finetune": finetuned.artifact}, tmp_path, tmp_path / "logs")
+    train = prune.train
+
+    def killed(*arguments, **options):
+        if options["title"].endswith("recovery"):
+            raise KeyboardInterrupt
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(prune, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune.run(work)
+    monkeypatch.setattr(prune, "train", train)
+    figures = prune.run(work)
+    before, figures_before = pruned
+    assert figures == figures_before
+    once, twice = (build.load(directory / "model", head="classification").state_dict() for directory in (before.directory, tmp_path))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_a_model_that_was_pruned_before_is_refused(finetuned, pruned, tmp_path):
+    artifact = Artifact(pruned[0].directory, finetuned.artifact.manifest)
+    with pytest.raises(UserError, match="pruned before"):
+        prune.run(Work("prune", finetuned.recipe, {"finetune": artifact}, tmp_path, tmp_path / "logs"))

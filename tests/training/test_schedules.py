@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+
+from pipeline.training.schedules import learning_rate
+from pipeline.training.settings import TrainSettings
+
+
+def rates(steps: int, **settings: object) -> list[float]:
+    return [learning_rate(TrainSettings(lr=1.0, **settings), step, steps) for step in range(steps)]
+
+
+def test_warm_up_rises_linearly_to_the_peak():
+    assert rates(10, warmup_ratio=0.4)[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def test_linear_decay_goes_to_the_floor():
+    assert rates(4, warmup_ratio=0, min_lr_ratio=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4])
+
+
+def test_cosine_decay_is_half_way_down_in_the_middle():
+    found = rates(101, warmup_ratio=0, schedule="cosine", min_lr_ratio=0.5)
+    assert found[0] == 1.0
+    assert found[100] == pytest.approx(0.5, abs=1e-3)
+    assert rates(100, warmup_ratio=0, schedule="cosine", min_lr_ratio=0.5)[50] == pytest.approx(0.75)
+
+
+def test_constant_stays_at_the_peak_whatever_the_floor():
+    assert rates(5, warmup_ratio=0.2, schedule="constant", min_lr_ratio=0.1) == [1.0] * 5
