@@ -209,7 +209,9 @@ def make_directory(path: Path) -> None:
         raise PlaceError(f"{path}: cannot be written (permission denied); give write permission, or set runs_dir elsewhere")
 
 
-def publish(partial: Path, *, stage: str, digest: str, settings: Mapping[str, Any], inputs: Mapping[str, str], metrics: Mapping[str, Any], started: float) -> Artifact:
+def publish(
+    partial: Path, *, stage: str, digest: str, settings: Mapping[str, Any], inputs: Mapping[str, str], metrics: Mapping[str, Any], started: float
+) -> Artifact:
     """Make a finished `.partial` directory an artifact: every file synced, the manifest last, then one rename."""
     files = {}
     for file in sorted(path for path in partial.rglob("*") if path.is_file() and path.name != MANIFEST):
@@ -270,9 +272,7 @@ def _versions() -> dict[str, str]:
 def _git_commit() -> str | None:
     """The commit of Trimline's own checkout, where it runs from one."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -13,9 +13,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
 
 
-def setting(
-    default: Any = ..., description: str = "", *, unit: str = "", result: bool = True, alias: str | None = None, **rules: Any
-) -> Any:
+def setting(default: Any = ..., description: str = "", *, unit: str = "", result: bool = True, alias: str | None = None, **rules: Any) -> Any:
     """A recipe field.
 
     description, unit: shown by `trimline explain`.

@@ -143,7 +143,9 @@ def execute(recipe: Recipe, stage: str, ranks: Ranks) -> None:
         return
     missing = [name for name in step.inputs if steps[name].artifact is None]
     if missing:
-        raise UserError(f"{stage} reads {', '.join(missing)}, not made yet ({steps[missing[0]].why}); run trimline {missing[0]} first, or trimline run")
+        raise UserError(
+            f"{stage} reads {', '.join(missing)}, not made yet ({steps[missing[0]].why}); run trimline {missing[0]} first, or trimline run"
+        )
     inputs = {name: artifact for name in step.inputs if (artifact := steps[name].artifact) is not None}
     logs = recipe.directory / "logs" / step.name
     started = time.time()
@@ -159,7 +161,4 @@ def execute(recipe: Recipe, stage: str, ranks: Ranks) -> None:
         metrics = run(Work(stage, recipe, inputs, partial, logs, ranks))
         ranks.barrier()
         shutil.rmtree(partial / "scratch", ignore_errors=True)
-        artifacts.publish(
-            partial, stage=stage, digest=step.fingerprint, settings=step.settings, inputs=step.inputs, metrics=metrics, started=started
-        )
-
+        artifacts.publish(partial, stage=stage, digest=step.fingerprint, settings=step.settings, inputs=step.inputs, metrics=metrics, started=started)

@@ -103,7 +103,9 @@ def test_an_empty_corpus_file(path):
 
 
 def test_a_corpus_file_that_is_not_utf8(path):
-    (path.parent / "corpus.txt").write_bytes(b"A long enough first document of plain text, in a file.\n\n" * 50 + b"caf\xe9 is not UTF-8 here and now\n")
+    (path.parent / "corpus.txt").write_bytes(
+        b"A long enough first document of plain text, in a file.\n\n" * 50 + b"caf\xe9 is not UTF-8 here and now\n"
+    )
     message = mistake(path, "tokenize")
     assert "corpus.txt" in message
     assert "UTF-8" in message

@@ -104,7 +104,7 @@ def test_a_missing_corpus_file_is_told_before_anything_is_written(path, tmp_path
 def test_resolving_imports_neither_torch_nor_deepspeed_nor_transformers(path):
     script = (
         "import sys; from pipeline import recipe, workflow, terminal; r = recipe.load(sys.argv[1]); terminal.plan(r, workflow.resolve(r));"
-        "sys.exit(str({'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)) if {'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules) else 0)"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -44,6 +44,9 @@ _BULK = "bulk_encoder"
 _QUANTUM = 1 / 64
 """Scores of unigram pieces are multiples of this. Sums of them are exact, in SentencePiece's 32-bit floating point up to 2**18 (about
 100 kB of text) as in the 64 bits of `tokenizers`: rounding then never decides between two segmentations, and both give the same ids."""
+_NEVER = -(2.0**14)
+"""Score, in tokenizer.json, of pieces that text must not be cut into: `tokenizers`, other than SentencePiece, would find `<s>` or `<0x0A>`
+written in a text. Any other segmentation is better, where there is one: every character of their names has a piece."""
 _PART = 1 << 14
 _CUT = re.compile(f"[^ {_SPACE}](?= )")
 _LINE = 1 << 15
@@ -175,6 +178,7 @@ def _train_sentencepiece(specification: Specification, texts: Iterable[str]) -> 
             bos_piece=bos,
             eos_piece=eos,
             control_symbols=[mask],
+            required_chars="".join(sorted({*"".join(SPECIAL), *"<0x123456789ABCDEF>"})),  # see _NEVER
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -239,23 +243,24 @@ def _converted(model: bytes, path: Path) -> tuple[tokenizers.Tokenizer, dict[str
     except DecodeError:
         raise UserError(f"{path}: not a SentencePiece model; give the .model file that SentencePiece's trainer wrote") from None
     kinds = type(proto).SentencePiece
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    pieces = [piece.piece for piece in proto.pieces]
     unknown = next((number for number, piece in enumerate(proto.pieces) if piece.type == kinds.UNKNOWN), None)
     if unknown is None:
         raise UserError(f"{path}: not a SentencePiece model with an unknown piece; give the .model file that SentencePiece's trainer wrote")
     fallback = bool(proto.trainer_spec.byte_fallback)
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
-        backend = Tokenizer(models.Unigram(pieces, unknown, fallback))
+        found = [(piece.piece, piece.score if piece.type in (kinds.NORMAL, kinds.USER_DEFINED) else _NEVER) for piece in proto.pieces]
+        backend = Tokenizer(models.Unigram(found, unknown, fallback))
     elif proto.trainer_spec.model_type == proto.trainer_spec.BPE:
-        ids = {piece: number for number, (piece, _) in enumerate(pieces)}
+        ids = {piece: number for number, piece in enumerate(pieces)}
         mergeable = {piece.piece: piece.score for piece in proto.pieces if piece.type in (kinds.NORMAL, kinds.USER_DEFINED)}
-        backend = Tokenizer(models.BPE(ids, _merges(mergeable), unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=fallback))
+        backend = Tokenizer(models.BPE(ids, _merges(mergeable), unk_token=pieces[unknown], fuse_unk=True, byte_fallback=fallback))
     else:
         raise UserError(f"{path}: a SentencePiece model of words or characters; expected a unigram or bpe one")
     _set_spaces(backend, proto.normalizer_spec)
     named = {piece.piece for piece in proto.pieces if piece.type != kinds.NORMAL}
     roles = {role: next((name for name in names if name in named), names[0]) for role, names in ROLES.items()}
-    roles["unk_token"] = pieces[unknown][0]
+    roles["unk_token"] = pieces[unknown]
     for piece in proto.pieces:
         if piece.type == kinds.USER_DEFINED and piece.piece not in roles.values():
             backend.add_tokens([AddedToken(piece.piece, normalized=False)])

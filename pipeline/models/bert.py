@@ -114,6 +114,7 @@ def convert(stock: PreTrainedModel) -> TrimlinePreTrainedModel:
         initializer_range=theirs.initializer_range,
         **_same(theirs),
     )
+    config.name_or_path = theirs.name_or_path
     model = next(ours for ours, stock_class in CLASSES.items() if type(stock) is stock_class)(config)
     model.load_state_dict(_renamed(weights, names))
     return model

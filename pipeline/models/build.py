@@ -86,12 +86,13 @@ def load(
                 _set_labels(path, config, labels, regression)
             stock_bert = kind == "bert" and bert.is_ours_shaped(config)
             model_class = OURS[head] if kind == "trimline" else BERT[head] if stock_bert else ANY[head]
-            model, report = model_class.from_pretrained(path, config=config, output_loading_info=True, **trust)
+            model, report = model_class.from_pretrained(path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **trust)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: the weights are a pickle that holds more than tensors, not run; take a copy of the model in safetensors") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be loaded as a model for {head}: {str(error).strip().splitlines()[0]}") from error
-    _check_complete(path, model, report["missing_keys"])
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be loaded as a model for {head}: {reason[:300]}") from error
+    _check_complete(path, model, report)
     return bert.convert(model) if stock_bert else model.float()
 
 
@@ -152,9 +153,11 @@ def _set_labels(path: Path, config: PretrainedConfig, labels: Sequence[str] | No
     config.problem_type = "regression" if regression else "single_label_classification"
 
 
-def _check_complete(path: Path, model: PreTrainedModel, missing: Sequence[str]) -> None:
+def _check_complete(path: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
     """Only what stands on the body may be new."""
+    for name, found, expected in report["mismatched_keys"]:
+        raise UserError(f"{path}: {name} is {list(found)} in the weights, {list(expected)} by config.json; take a whole copy of the model")
     body = f"{model.base_model_prefix}."
-    lacking = sorted(name for name in missing if name.startswith(body) and "pooler" not in name)
+    lacking = sorted(name for name in report["missing_keys"] if name.startswith(body) and "pooler" not in name)
     if lacking:
         raise UserError(f"{path}: the weights lack {len(lacking)} tensors that config.json asks for, as {lacking[0]}; take a whole copy of the model")

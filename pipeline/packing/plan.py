@@ -107,9 +107,10 @@ class Plan:
                 )
 
 
-def make(directory: str | Path, settings: PackSettings, kind: Kind, store: Store, tokenizer: PreTrainedTokenizerBase) -> Plan:
+def make(directory: str | Path, settings: PackSettings, kind: Kind, store: Store | None, tokenizer: PreTrainedTokenizerBase) -> Plan:
     """Cut the store into rows, group them, and write the plan into `directory`, plan.json last.
 
+    store: None for a split without documents, whose plan is empty.
     Raises UserError when the tokenizer lacks a special token that rows need.
     """
     missing = [role for role in SPECIALS[kind] if getattr(tokenizer, f"{role}_token_id") is None]
@@ -118,10 +119,11 @@ def make(directory: str | Path, settings: PackSettings, kind: Kind, store: Store
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokens_per_row = settings.length - len(SPECIALS[kind])
+    lengths = np.empty(0, dtype=np.int64) if store is None else store.lengths
     if settings.segments == "across":
-        cut = segments.across(store.lengths, tokens_per_row)
+        cut = segments.across(lengths, tokens_per_row)
     else:
-        cut = segments.within(store.lengths, tokens_per_row, settings.min_tokens)
+        cut = segments.within(lengths, tokens_per_row, settings.min_tokens)
     count = len(cut.offsets) - 1
     grouped = groups.singles(count) if settings.groups == "random" else groups.consecutive(cut.documents, settings.group_size)
     arrays = dict(zip(ARRAYS, (cut.pieces, cut.offsets, grouped), strict=True))
@@ -133,7 +135,7 @@ def make(directory: str | Path, settings: PackSettings, kind: Kind, store: Store
         "settings": artifacts.results_only(settings),
         "kind": kind,
         "special_tokens": SPECIALS[kind],
-        "store": store.fingerprint(),
+        "store": "none" if store is None else store.fingerprint(),
         "tokenizer": tokenizer_identity(tokenizer),
         "arrays": {name: {"shape": array.shape, "sha256": artifacts.sha256(directory / f"{name}.npy")} for name, array in arrays.items()},
         "tokens": tokens,

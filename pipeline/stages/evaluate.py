@@ -64,7 +64,7 @@ def _held_out(work: Work, report: reports.Report, device: torch.device) -> dict[
     found = perplexity.score(model, objective, loader, batch_size=settings.batch_size, max_segments=settings.max_segments, device=device)
     bits = None
     if recipe.pretrain.objective.kind == "decoder":
-        text_bytes = json.loads((work.input("tokenize") / "corpus.json").read_text())["valid"]["bytes"]
+        text_bytes = json.loads((work.input("tokenize") / "corpus.json").read_text())["valid_bytes"]
         bits = found.bits_per_byte(int(store.lengths.sum()), text_bytes)
     return {
         "objective": recipe.pretrain.objective.name,

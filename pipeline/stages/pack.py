@@ -17,8 +17,10 @@ def run(work: Work) -> dict[str, Any]:
     settings, tokenize = work.recipe.pack, work.input("tokenize")
     assert settings is not None
     tokenizer = tokenizers.load(tokenize / "tokenizer")
+    stores = Store.open(tokenize / "train"), Store.open(tokenize / "valid") if (tokenize / "valid").is_dir() else None
     train, valid = (
-        plans.make(work.directory / split, settings, work.recipe.model.kind, Store.open(tokenize / split), tokenizer) for split in ("train", "valid")
+        plans.make(work.directory / split, settings, work.recipe.model.kind, store, tokenizer)
+        for split, store in zip(("train", "valid"), stores, strict=True)
     )
     if not len(train.groups):
         raise UserError(f"{tokenize / 'train'}: no document gives a segment; lower pack.min_tokens, or give tokenize more text")

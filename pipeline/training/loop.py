@@ -109,7 +109,8 @@ class _Loop:
         self.side = _outside(trainee, self.device)
         self.side_optimizer = self.side.optimizer() if self.side is not None else None
         if settings.activation_checkpointing:
-            trainee.model.gradient_checkpointing_enable()
+            enable = getattr(trainee.model, "activation_checkpointing_enable", None)  # the name since transformers 5
+            (enable or trainee.model.gradient_checkpointing_enable)()
         trainee.train()
         self.engine = engines.build(trainee, config, settings)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -63,11 +64,20 @@ def empty(path):
     path.write_bytes(b"")
 
 
+class Code:
+    def __reduce__(self):
+        return (exit, ("the pickle was run",))
+
+
 def pickled(path):
-    np.save(path, np.array([{"code": 1}], dtype=object), allow_pickle=True)
+    path.write_bytes(pickle.dumps(Code()))
 
 
-@pytest.mark.parametrize("damage", [cut, empty, pickled, lambda path: path.unlink(), lambda path: np.save(path, np.zeros((2, 2)))])
+def of_objects(path):
+    np.save(path, np.array([Code()], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, pickled, of_objects, lambda path: path.unlink(), lambda path: np.save(path, np.zeros((2, 2)))])
 @pytest.mark.parametrize("name", ["pieces.npy", "segments.npy", "groups.npy"])
 def test_a_damaged_array_is_refused_by_name(plan, name, damage):
     damage(plan.directory / name)

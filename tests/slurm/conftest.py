@@ -132,6 +132,12 @@ class Cluster:
         words = self.call("scontrol", "show", "job", str(number), "--oneliner").stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def resume(self, number: str | int) -> None:
+        """Let a requeued job start: Slurm would hold it back for two minutes, and has to end its last run first."""
+        self.wait(lambda: self.job(number)["Reason"] == "BeginTime", f"job {number} to be requeued", 60)
+        time.sleep(2.5)
+        self.call("scontrol", "update", f"jobid={number}", "StartTime=now")
+
     def ended(self, number: str | int, seconds: float = 60) -> str:
         """The state that a job ends in."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")

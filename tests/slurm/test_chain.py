@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
 
 SHORT = (
-    "tokenize.sources=[text]",
+    "tokenize.sources=[{here}/text.txt]",
     "tokenize.vocab_size=512",
+    "tokenize.validation=0.1",
     "pack.length=32",
-    "model={layers: 2, hidden: 32, heads: 2, ffn: 64, max_length: 64}",
-    "pretrain.steps=6",
+    "model={{layers: 2, hidden: 32, heads: 2, ffn: 64, max_length: 32}}",
+    "pretrain.steps=120",
     "pretrain.batch_size=8",
     "pretrain.micro_batch_size=4",
-    "finetune.task.max_train=64",
-    "finetune.epochs=1",
-    "prune.epochs=2",
-    "prune.recovery.epochs=1",
-    "evaluate.max_segments=16",
-    "evaluate.latency={batch_size: 2, length: 32, repeats: 3}",
+    "pretrain.log_every=5",
+    "finetune.task={{train: {here}/task.tsv, max_length: 32}}",
+    "finetune.batch_size=16",
+    "prune.batch_size=16",
+    "prune.recovery.batch_size=16",
+    "evaluate.latency={{batch_size: 2, length: 32, repeats: 3}}",
     "slurm.nodes=2",
     "slurm.tasks_per_node=1",
 )
 
 
-def test_the_shortened_demo_runs_to_its_report_on_two_nodes(cluster, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(str(getattr(__builtins__, "__doc__", "")) + module.__doc__ for module in list(sys.modules.values()) if module.__doc__))
-    overrides = [override.replace("[text]", f"[{text}]") for override in SHORT]
+def test_the_shortened_demo_runs_to_its_report_on_two_nodes_though_pretraining_is_stopped_once(cluster, tmp_path: Path) -> None:
+    documents = {text for module in list(sys.modules.values()) if (text := inspect.getdoc(module))}
+    (tmp_path / "text.txt").write_text("\n\n".join(sorted(text.replace("\n\n", "\n") for text in documents)))
+    (tmp_path / "task.tsv").write_text("text\tlabel\n" + "".join(f"example {number} is {number % 2}\t{number % 2}\n" for number in range(96)))
+    overrides = [override.format(here=tmp_path) for override in SHORT]
     command = (sys.executable, "-m", "pipeline", "submit", "recipes/demo.yaml", f"runs_dir={tmp_path}/runs", *overrides)
-    printed = cluster.call(*command).stdout
-    jobs = {line.split()[0]: line.split()[2].rstrip(":") for line in printed.splitlines()}
+    run = tmp_path / "runs" / "demo"
+    jobs = {line.split()[0]: line.split()[2].rstrip(":") for line in cluster.call(*command).stdout.splitlines()}
     assert list(jobs) == ["tokenize", "pack", "pretrain", "finetune", "prune", "evaluate"]
-    state = cluster.ended(jobs["evaluate"], seconds=400)
-    logs = sorted((tmp_path / "runs/demo/logs/slurm").glob("*.out"))
-    assert state == "COMPLETED", "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in logs)
-    report = next((tmp_path / "runs/demo").glob("evaluate-????????/report.json"))
-    assert json.loads(report.read_text())
+
+    def told() -> str:
+        return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in sorted((run / "logs" / "slurm").glob("*.out")))
+
+    def trained_or_failed() -> bool:
+        return any(run.glob("logs/pretrain-*/metrics.jsonl")) or cluster.job(jobs["pretrain"])["JobState"] not in ("PENDING", "RUNNING")
+
+    cluster.wait(trained_or_failed, "pretraining", 300)
+    assert cluster.job(jobs["pretrain"])["JobState"] == "RUNNING", told()
+    cluster.call("scancel", "--signal=USR2", jobs["pretrain"])
+    cluster.resume(jobs["pretrain"])
+
+    assert cluster.ended(jobs["evaluate"], seconds=300) == "COMPLETED", told()
     nodes = {stage: cluster.job(job)["NodeList"] for stage, job in jobs.items()}
-    assert nodes == dict.fromkeys(["tokenize", "pack", "pretrain", "finetune", "prune"], "n[1-2]") | {"evaluate": nodes["evaluate"]}
-    assert "up to date" in cluster.call(*command).stdout.splitlines()[-1]
+    assert all(nodes[stage] == "n[1-2]" for stage in jobs if stage != "evaluate")
+    (metrics,) = run.glob("logs/pretrain-*/metrics.jsonl")
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 121))
+    (report,) = run.glob("evaluate-????????/report.json")
+    assert json.loads(report.read_text())
+    assert cluster.call(*command).stdout.count("is up to date") == 6

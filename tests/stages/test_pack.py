@@ -45,6 +45,12 @@ def test_both_splits_get_a_plan_that_the_loader_reads(make_work, finetuned):
         assert sorted(batch["segment"][batch["segment"] >= 0]) == list(range(len(plan.segments) - 1))
 
 
+def test_nothing_held_out_makes_an_empty_plan(make_work):
+    work = make_work({"train": [40]})
+    assert pack.run(work)["valid_segments"] == 0
+    assert Plan.open(work.directory / "valid").groups.shape == (0, 1)
+
+
 def test_only_the_first_rank_works(make_work):
     work = make_work(rank=1)
     assert pack.run(work) == {}

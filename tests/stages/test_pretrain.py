@@ -110,4 +110,4 @@ def test_rows_longer_than_a_given_model_takes_are_refused(tmp_path):
     done = run(tmp_path, {"from": str(tmp_path / "short")})
     assert done.returncode != 0
     assert "UserError" in done.stderr
-    assert "takes 8 tokens, rows have 16" in done.stderr
+    assert f"{tmp_path / 'short'}: the model takes 8 tokens, rows have 16" in done.stderr
