@@ -38,6 +38,11 @@ def _told() -> Iterator[None]:
 
         tell(f"\ntrimline: {error}")
         sys.exit(2)
+    except KeyboardInterrupt:
+        from pipeline.launch.ranks import STOPPED, tell
+
+        tell("\ntrimline: stopped; run again to go on")
+        sys.exit(STOPPED)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Recipe:
@@ -74,6 +79,8 @@ def _make(recipe: Recipe, stage: str, path: Path, overrides: list[str]) -> None:
             sys.exit(code)
         return
     ranks.end_with_starter()
+    if stage not in local.TRAINING:
+        ranks.stop_at_once()
     workflow.execute(recipe, stage, here)
 
 

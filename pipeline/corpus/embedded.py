@@ -166,5 +166,3 @@ def _root(package: str) -> tuple[Path, bool]:
 
 def _hash(module: str) -> int:
     return int.from_bytes(hashlib.blake2b(module.encode(), digest_size=8).digest(), "big")
-
-

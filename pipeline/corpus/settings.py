@@ -13,7 +13,7 @@ class Source(Settings):
     """Where documents come from: exactly one of `embedded`, `path`, `hub`. A bare string is a path, or `embedded`."""
 
     embedded: bool = setting(False, "Docstrings of the standard library and of the installed dependencies.")
-    path: str | None = setting(None, "File or glob of .jsonl, .txt, .csv or .parquet files, also .gz; a .txt file is one document a blank-line block.")
+    path: str | None = setting(None, "File or glob of .jsonl, .txt, .csv or .parquet files, also .gz; in .txt, blank lines part documents.")
     hub: str | None = setting(None, "Name of a dataset on the Hugging Face hub.")
     subset: str | None = setting(None, "Configuration of the hub dataset.")
     split: str = setting("train", "Split of the hub dataset.")

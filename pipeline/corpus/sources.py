@@ -79,7 +79,7 @@ def builder(path: Path) -> str:
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind not in BUILDERS or (kind == ".parquet" and path.suffix == ".gz"):
         known = ", ".join(BUILDERS)
-        raise UserError(f"{path}: unknown kind of file {''.join(path.suffixes[-2:]) or path.name!r}; known are {known}, and .gz after all but .parquet")
+        raise UserError(f"{path}: unknown kind of file {''.join(path.suffixes[-2:])!r}; known are {known}, and .gz after all but .parquet")
     return BUILDERS[kind]
 
 
@@ -152,7 +152,8 @@ def _tokenizer_identity(settings: TokenizeSettings) -> Any:
 
 def _checked(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}; correct the path (relative to {Path.cwd()})")
+        found = "is a directory, expected a file" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {found}; correct the path (relative to {Path.cwd()})")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty; give a file with content, or take it out of the recipe")
     return path

@@ -120,7 +120,7 @@ class Store:
     def read(self, document: int, start: int = 0, length: int | None = None) -> Tokens:
         """Tokens [length] of a document from `start`; to its end without `length`."""
         length = int(self.lengths[document]) - start if length is None else length
-        assert 0 <= start and 0 <= length and start + length <= self.lengths[document]
+        assert 0 <= start <= start + length <= self.lengths[document]
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
         at = int(self._starts[document]) + start
         return np.array(self._shards[shard].tokens[at : at + length])
@@ -128,7 +128,7 @@ class Store:
     def gather(self, documents: npt.ArrayLike, starts: npt.ArrayLike, lengths: npt.ArrayLike) -> Tokens:
         """The tokens of many pieces end to end: documents, starts, lengths [pieces] -> [sum of lengths]."""
         document, start, length = (np.asarray(array, dtype=np.int64) for array in (documents, starts, lengths))
-        assert (start >= 0).all() and (length >= 0).all() and (start + length <= self.lengths[document]).all()
+        assert np.all((start >= 0) & (length >= 0) & (start + length <= self.lengths[document]))
         shard = np.searchsorted(self._first, document, side="right") - 1
         ends = np.cumsum(length)
         position = np.arange(ends[-1] if len(ends) else 0) + np.repeat(self._starts[document] + start - (ends - length), length)

@@ -24,8 +24,9 @@ from pipeline.corpus.settings import Specification
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    import tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    import tokenizers
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 """Special tokens of the tokenizers trained here; their places are their ids."""
@@ -111,7 +112,7 @@ def end_token(tokenizer: PreTrainedTokenizerFast, place: str | Path) -> int:
     """The id that ends a document: `eos`, or `sep` where there is none."""
     found = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if found is None:
-        raise UserError(f"{place}: the tokenizer has neither an eos nor a sep token to end documents with; add eos_token to its tokenizer_config.json")
+        raise UserError(f"{place}: the tokenizer has neither an eos nor a sep token to end documents; add eos_token to tokenizer_config.json")
     return int(found)
 
 
@@ -236,6 +237,7 @@ def _byte_backend() -> tokenizers.Tokenizer:
 def _converted(model: bytes, path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """A SentencePiece model as a `tokenizers` backend, and the names of its special tokens by role."""
     from google.protobuf.message import DecodeError
+
     from tokenizers import AddedToken, Tokenizer, models
 
     try:
@@ -268,9 +270,9 @@ def _converted(model: bytes, path: Path) -> tuple[tokenizers.Tokenizer, dict[str
 
 
 def _parsed(model: bytes) -> Any:
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as messages
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = messages.ModelProto()  # type: ignore[attr-defined]  # made when the module is imported
     proto.ParseFromString(model)
     return proto
 
@@ -310,7 +312,7 @@ def _check_same_ids(model: bytes, tokenizer: PreTrainedTokenizerFast, texts: Ite
             near = original.decode(expected[max(0, at - 8) : at + 8])
             raise UserError(
                 f"{path}: this SentencePiece model cannot be rewritten for AutoTokenizer with the same ids: near {near!r} it gives"
-                f" {expected[at : at + 5]}, the rewritten one {found[at : at + 5]}; train one from tokenizers/, or give a Hugging Face tokenizer directory"
+                f" {expected[at : at + 5]}, the rewritten one {found[at : at + 5]}; train one from tokenizers/, or give a Hugging Face directory"
             )
 
 
@@ -327,8 +329,9 @@ def _equally_likely(original: Any, one: list[int], other: list[int]) -> bool:
 
 def _save(backend: tokenizers.Tokenizer, roles: dict[str, str], directory: Path, bulk: str | None = None) -> None:
     """Write tokenizer.json and its configuration; `<s> text </s>`, pairs `<s> a </s> b </s>`. Roles the model lacks get new ids at the end."""
-    from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import AddedToken, processors
 
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in roles.values()])
     bos, eos = roles["bos_token"], roles["eos_token"]

@@ -25,12 +25,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _GRACE = 30.0
 """Seconds that ranks whose launcher is gone are given to save."""
 
-_TRAINING = ("pretrain", "finetune", "prune")
+TRAINING = ("pretrain", "finetune", "prune")
+"""Stages that DeepSpeed's ranks carry out, and that save a checkpoint before they stop."""
 
 
 def in_process(recipe: Recipe, stage: str) -> bool:
     """Whether the stage is a single process, which needs no launcher."""
-    return stage not in _TRAINING and _count(recipe, stage) == 1
+    return stage not in TRAINING and _count(recipe, stage) == 1
 
 
 def start(recipe: Recipe, stage: str, path: Path, overrides: list[str]) -> int:
@@ -41,10 +42,10 @@ def start(recipe: Recipe, stage: str, path: Path, overrides: list[str]) -> int:
     Raises UserError when the recipe asks for more ranks than there are GPUs, or mpirun is missing.
     """
     command = [stage, str(path), *overrides]
-    command = _deepspeed(recipe, stage, command) if stage in _TRAINING else _mpirun(recipe, stage, command)
+    command = _deepspeed(recipe, stage, command) if stage in TRAINING else _mpirun(recipe, stage, command)
     with tempfile.TemporaryDirectory(prefix="trimline-") as directory, _Stop() as stop:
         env = _environment(_count(recipe, stage)) | {TOLD: f"{directory}/told", STARTER: str(os.getpid())}
-        launcher = subprocess.Popen(command, env=env, start_new_session=True, stderr=None if stage in _TRAINING else subprocess.PIPE)
+        launcher = subprocess.Popen(command, env=env, start_new_session=True, stderr=None if stage in TRAINING else subprocess.PIPE)
         stop.follow(launcher.pid)
         try:
             if launcher.stderr is not None:

@@ -194,7 +194,7 @@ def _queue() -> dict[str, tuple[str, str]]:
         return {}
     done = subprocess.run(["squeue", "--me", "--noheader", "--format=%i|%T|%r"], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"squeue does not answer ({done.stderr.strip()})")
+        raise UserError(f"squeue does not answer ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
     rows = [line.split("|", 2) for line in done.stdout.splitlines()]
     return {number: (state, reason) for number, state, reason in rows if state != "COMPLETING"}
 

@@ -120,10 +120,8 @@ def make(directory: str | Path, settings: PackSettings, kind: Kind, store: Store
     directory.mkdir(parents=True, exist_ok=True)
     tokens_per_row = settings.length - len(SPECIALS[kind])
     lengths = np.empty(0, dtype=np.int64) if store is None else store.lengths
-    if settings.segments == "across":
-        cut = segments.across(lengths, tokens_per_row)
-    else:
-        cut = segments.within(lengths, tokens_per_row, settings.min_tokens)
+    is_across = settings.segments == "across"
+    cut = segments.across(lengths, tokens_per_row) if is_across else segments.within(lengths, tokens_per_row, settings.min_tokens)
     count = len(cut.offsets) - 1
     grouped = groups.singles(count) if settings.groups == "random" else groups.consecutive(cut.documents, settings.group_size)
     arrays = dict(zip(ARRAYS, (cut.pieces, cut.offsets, grouped), strict=True))

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from pipeline.launch.ranks import STOPPED
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-EXIT_CODE = 85
 
 
 class Stopped(SystemExit):
     """Training was asked to stop and has saved a checkpoint; running it again goes on from there. Exit code 85."""
 
     def __init__(self, step: int, signal_name: str):
-        super().__init__(EXIT_CODE)
+        super().__init__(STOPPED)
         self.step = step
         self.signal_name = signal_name
 

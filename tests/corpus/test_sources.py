@@ -51,7 +51,8 @@ def test_identity_follows_the_tokenizers_content(tmp_path):
 
 def test_identity_imports_nothing_heavy():
     code = (
-        "import sys; from pipeline.corpus import sources; from pipeline.corpus.settings import TokenizeSettings; sources.identity(TokenizeSettings());"
+        "import sys; from pipeline.corpus import sources; from pipeline.corpus.settings import TokenizeSettings;"
+        "sources.identity(TokenizeSettings());"
         "print(sorted({'torch', 'numpy', 'datasets', 'transformers', 'sentencepiece'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
@@ -111,7 +112,7 @@ def test_what_is_missing_empty_or_unknown_is_refused_before_anything_runs(tmp_pa
 def test_every_kind_of_file_is_read_plain_and_compressed(tmp_path):
     import pandas
 
-    expected = ["one\ntwo", "naïve \"quoted\", 3", "NA"]
+    expected = ["one\ntwo", 'naïve "quoted", 3', "NA"]
     written = {
         "a.jsonl": lines(*({"id": number, "text": text} for number, text in enumerate(expected))),
         "a.txt": "\n\n".join(expected),

@@ -93,8 +93,8 @@ class Threads(Ranks):
         self.meet.wait(timeout=60)
 
 
-@pytest.mark.parametrize("size", [2, 5])
-def test_the_artifact_does_not_depend_on_the_number_of_ranks(alone, corpus, tmp_path, size):
+def test_the_artifact_does_not_depend_on_the_number_of_ranks(alone, corpus, tmp_path):
+    size = 3
     meet = threading.Barrier(size)
     returned = {}
 
@@ -152,7 +152,8 @@ def test_a_finished_stage_that_was_killed_before_publishing_gives_its_metrics_ag
 
 
 def test_validation_sources_are_the_held_out_documents_and_copies_of_them_leave_train(corpus, tmp_path):
-    made = tokenize.run(work(tmp_path / "run", corpus, validation=0, validation_sources=[str(corpus / "0.jsonl")], tokenizer="bytes", vocab_size=None))
+    options = {"validation": 0, "validation_sources": [str(corpus / "0.jsonl")], "tokenizer": "bytes", "vocab_size": None}
+    made = tokenize.run(work(tmp_path / "run", corpus, **options))
     assert made["valid_documents"] == 2000
     assert made["train_documents"] == 2500
 
