@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def run(work: Work) -> dict[str, Any]:
         settings,
         steps=math.ceil(settings.epochs * batches.steps_per_epoch),
         seed=recipe.seed,
-        directory=work.directory,
+        directory=work.scratch,
         logs=work.logs,
         ranks=work.ranks,
         title="finetune",
@@ -48,7 +47,6 @@ def run(work: Work) -> dict[str, Any]:
     export.save(model, tokenizer, work.directory / "model", summary.weights)
     saved = build.load(work.directory / "model", **options)  # scored as others will load it
     scores = metrics.evaluate(saved, tokenizer, task, "dev", settings.micro_batch_size, next(model.parameters()).device)
-    shutil.rmtree(work.directory / "checkpoints")
     return {
         **{f"dev_{name}": round(value, 4) for name, value in scores.items()},
         "loss_classify": round(summary.losses["classify"], 4),

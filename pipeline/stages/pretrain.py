@@ -39,7 +39,7 @@ def run(work: Work) -> dict[str, Any]:
         settings,
         steps=settings.steps,
         seed=recipe.seed,
-        directory=work.directory,
+        directory=work.scratch,
         logs=work.logs,
         ranks=work.ranks,
         loss_weights=settings.loss_weights,

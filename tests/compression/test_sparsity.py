@@ -98,6 +98,14 @@ def test_settling_lands_on_the_target(units):
         assert torch.equal(settled[unit][both], unsettled[unit][both])
 
 
+def test_settling_masks_that_missed_the_target_takes_of_every_unit():
+    masks = Masks(Prunable(layers=4, hidden=64, heads=4, ffn=256), SparsitySettings(target=0.5), steps=10, seed=1)
+    settled, shifts = masks.settle()
+    assert masks.realised_sparsity(settled).item() == pytest.approx(0.5, abs=0.003)
+    assert max(shifts.values()) < -1
+    assert all(0.1 < (mask == 0).float().mean() < 0.8 for mask in settled.values())
+
+
 def test_heads_alone_land_within_half_a_head():
     masks, _, _ = simulate(0.2, 120, units=("heads",))
     assert masks.realised_sparsity(masks.settle()[0]).item() == pytest.approx(0.2, abs=0.51 * masks.prunable.head / masks.prunable.total)

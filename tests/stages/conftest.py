@@ -43,7 +43,8 @@ def table(path, rows, seed):
 def finetuned(tmp_path_factory):
     """A recipe on a toy task, and the artifact of its finetune stage: a two-layer encoder that has learnt the task."""
     directory = tmp_path_factory.mktemp("finetuned")
-    names = {split: table(directory / f"{split}.tsv", rows, seed) for seed, (split, rows) in enumerate({"train": 512, "dev": 150, "test": 160}.items())}
+    rows = {"train": 512, "dev": 150, "test": 160}
+    names = {split: table(directory / f"{split}.tsv", rows[split], seed) for seed, split in enumerate(rows)}
     recipe = Recipe.model_validate(
         {
             "name": "toy",

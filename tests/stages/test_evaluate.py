@@ -6,12 +6,11 @@ import torch
 
 from pipeline.artifacts import Artifact
 from pipeline.compression import surgery
-from pipeline.corpus.store import Writer
+from pipeline.corpus.store import Store, Writer
 from pipeline.models import build, export
 from pipeline.models.settings import ModelSettings
 from pipeline.packing import plan as plans
 from pipeline.packing.settings import PackSettings
-from pipeline.corpus.store import Store
 from pipeline.recipe import Recipe
 from pipeline.stages import evaluate
 from pipeline.workflow import Work
@@ -31,7 +30,7 @@ def language_model(directory, tokenizer, kind, documents=40):
         lengths = [int(length) for length in draws.integers(3, 30, size=documents)]
         for length in lengths:
             writer.add(draws.integers(5, len(tokenizer), size=length))
-    (tokenize / "corpus.json").write_text(json.dumps({"valid": {"bytes": 2 * sum(lengths)}}))
+    (tokenize / "corpus.json").write_text(json.dumps({"valid_bytes": 2 * sum(lengths)}))
     store = Store.open(tokenize / "valid") if documents else None
     plans.make(pack / "valid", PackSettings(length=12), kind, store, tokenizer)
     torch.manual_seed(0)
