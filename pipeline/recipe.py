@@ -176,7 +176,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[At, str]]:
     return data, origin
 
 
-def _locate(node: yaml.Node, at: At, file: str, origin: dict[At, str]) -> None:
+def _locate(node: yaml.Node | None, at: At, file: str, origin: dict[At, str]) -> None:
     if isinstance(node, yaml.MappingNode):
         written: set[str] = set()
         for key, value in node.value:

@@ -21,7 +21,6 @@ def setting(default: Any = ..., description: str = "", *, unit: str = "", result
         it runs (ranks, logging): such a field is left out of the stage's fingerprint.
     rules: pydantic constraints (`ge`, `gt`, `le`, `lt`, ...).
     """
-    extra = {"unit": unit, "result": result}
     if alias is not None:
         rules["alias"] = alias
-    return Field(default, description=description, json_schema_extra=extra, **rules)
+    return Field(default, description=description, json_schema_extra={"unit": unit, "result": result}, **rules)

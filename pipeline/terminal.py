@@ -16,6 +16,9 @@ from pipeline.training.settings import TrainSettings
 if TYPE_CHECKING:
     from pipeline.workflow import Step
 
+FIGURES = 5
+"""Headline figures shown of a stage; its manifest has all."""
+
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -96,8 +99,9 @@ def status(rows: Sequence[Sequence[str]]) -> None:
 
 
 def headline(metrics: dict[str, Any]) -> str:
-    """Headline figures in one line: `loss 3.21, tokens_per_second 41,200`."""
-    return ", ".join(f"{name} {_figure(value)}" for name, value in metrics.items() if isinstance(value, int | float | str))
+    """The first few headline figures in one line: `loss 3.21, tokens per second 41,200`."""
+    figures = [f"{name.replace('_', ' ')} {_figure(value)}" for name, value in metrics.items() if isinstance(value, int | float | str)]
+    return ", ".join(figures[:FIGURES])
 
 
 def _figure(value: float | str) -> str:

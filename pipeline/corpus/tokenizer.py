@@ -24,9 +24,8 @@ from pipeline.corpus.settings import Specification
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     import tokenizers
+    from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 """Special tokens of the tokenizers trained here; their places are their ids."""
@@ -128,14 +127,15 @@ class Encoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._bulk = tokenizer.init_kwargs.get(_BULK)
-        if self._bulk == "spm.model":
+        self._sentencepiece = None
+        if self._bulk == "spm.model" and (directory / self._bulk).is_file():  # an exported model's directory has tokenizer.json only
             import sentencepiece
 
             self._sentencepiece = sentencepiece.SentencePieceProcessor(model_file=str(directory / self._bulk))
 
     def encode(self, texts: Sequence[str]) -> Iterator[npt.NDArray[np.int64]]:
         """Ids [length] of each text, its end token last."""
-        if self._bulk == "spm.model":
+        if self._sentencepiece is not None:
             parts = [_parts(text) for text in texts]
             encoded = iter(self._sentencepiece.encode([part for several in parts for part in several], num_threads=os.cpu_count()))
             found: Iterator[list[int]] = (list(itertools.chain.from_iterable(itertools.islice(encoded, len(several)))) for several in parts)
@@ -237,7 +237,6 @@ def _byte_backend() -> tokenizers.Tokenizer:
 def _converted(model: bytes, path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """A SentencePiece model as a `tokenizers` backend, and the names of its special tokens by role."""
     from google.protobuf.message import DecodeError
-
     from tokenizers import AddedToken, Tokenizer, models
 
     try:
@@ -329,9 +328,8 @@ def _equally_likely(original: Any, one: list[int], other: list[int]) -> bool:
 
 def _save(backend: tokenizers.Tokenizer, roles: dict[str, str], directory: Path, bulk: str | None = None) -> None:
     """Write tokenizer.json and its configuration; `<s> text </s>`, pairs `<s> a </s> b </s>`. Roles the model lacks get new ids at the end."""
-    from transformers import PreTrainedTokenizerFast
-
     from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
 
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in roles.values()])
     bos, eos = roles["bos_token"], roles["eos_token"]

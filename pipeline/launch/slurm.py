@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.launch.settings import JobSettings
 from pipeline.recipe import STAGES, Recipe
 from pipeline.shipped import shipped
+from pipeline.terminal import headline
 from pipeline.workflow import Step
 
 JOBS = "jobs.json"
@@ -220,7 +221,7 @@ def status(recipe: Recipe) -> list[tuple[str, str, str, str]]:
 
 def _status_of(recipe: Recipe, step: Step, number: str | None, queue: dict[str, tuple[str, str]]) -> tuple[str, str, str, str]:
     if step.artifact is not None:
-        return step.stage, "done", _clock(step.artifact.manifest["finished"]), _figures(step.artifact.metrics)
+        return step.stage, "done", _clock(step.artifact.manifest["finished"]), headline(step.artifact.metrics)
     when, figures = _progress(recipe, step)
     if number in queue:
         state, reason = queue[number]
@@ -249,14 +250,6 @@ def _progress(recipe: Recipe, step: Step) -> tuple[str, str]:
         left = (recipe.pretrain.steps - last["step"]) * recipe.pretrain.batch_size / rate
         figures.append(f"{left / 60:.0f} min left")
     return _clock(changed), ", ".join([f"step {last.get('step', 0)} of {recipe.pretrain.steps}", *figures])
-
-
-def _figures(metrics: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in metrics.items() if _is_number(value))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _clock(seconds: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from pipeline.training.loop import Summary, train
 from pipeline.workflow import Work
 
 MASKING, REMOVED, RECOVERY = "masking", "removed", "recovery"
-"""Unfinished work, from which the stage resumes: checkpoints, the model right after the removal, checkpoints."""
+"""Below the scratch directory, to resume from: checkpoints, the model right after the removal, checkpoints."""
 
 MISSED = 0.05
 """How far from its target the expected sparsity may end without a word."""
@@ -56,7 +55,7 @@ def run(work: Work) -> dict[str, Any]:
             training,
             steps=steps_of(training),
             seed=recipe.seed,
-            directory=work.directory / phase,
+            directory=work.scratch / phase,
             logs=work.logs / phase,
             ranks=work.ranks,
             loss_weights=objective.loss_weights,
@@ -72,10 +71,10 @@ def run(work: Work) -> dict[str, Any]:
         student = _load(finetuned)
         student.load_state_dict(masked.weights)
         removed = surgery.remove(student, final_masks)
-        export.save(removed, tokenizer, work.directory / REMOVED)
+        export.save(removed, tokenizer, work.scratch / REMOVED)
     work.ranks.barrier()
 
-    recovered = distil(_load(work.directory / REMOVED), settings.recovery, RECOVERY)
+    recovered = distil(_load(work.scratch / REMOVED), settings.recovery, RECOVERY)
     if not work.ranks.first:
         return {}
     export.save(removed, tokenizer, work.directory / "model", recovered.weights)
@@ -84,7 +83,7 @@ def run(work: Work) -> dict[str, Any]:
     device = masks.lagrangian.multipliers.device  # where training was
     scores = {
         name: metrics.evaluate(_load(directory), tokenizer, task, "dev", settings.micro_batch_size, device)[task.metric]
-        for name, directory in (("teacher", finetuned), ("removed", work.directory / REMOVED), ("recovered", work.directory / "model"))
+        for name, directory in (("teacher", finetuned), ("removed", work.scratch / REMOVED), ("recovered", work.directory / "model"))
     }
     target, expected = settings.sparsity.target, masks.expected_sparsity().item()
     if abs(expected - target) > MISSED:
@@ -100,8 +99,6 @@ def run(work: Work) -> dict[str, Any]:
         **{f"dev_{task.metric}_{name}": round(score, 4) for name, score in scores.items()},
     }
     artifacts.write_json(work.directory / "structure.json", {**figures, "shifts": shifts, "layers": structure})
-    for unfinished in (MASKING, REMOVED, RECOVERY):
-        shutil.rmtree(work.directory / unfinished)
     return figures
 
 

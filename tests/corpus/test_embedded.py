@@ -51,6 +51,17 @@ def test_the_corpus_of_an_installation_is_the_same_every_time(networkx):
     assert sum(len(entry.document) for entry in networkx) > 1_000_000
 
 
+def test_held_out_modules_come_first_and_their_docstrings_are_nowhere_else(tmp_path, monkeypatch):
+    names = [f"p.m{number}" for number in range(200)]
+    trained = [name for name in names if embedded.split_of(name) == "train"][:2]
+    held_out = next(name for name in names if embedded.split_of(name) == "test")
+    (tmp_path / "same.py").write_text('"""The same words."""')
+    (tmp_path / "other.py").write_text('"""Other words."""')
+    found = [(trained[0], tmp_path / "same.py"), (trained[1], tmp_path / "other.py"), (held_out, tmp_path / "same.py")]
+    monkeypatch.setattr(embedded, "modules", lambda package: found)
+    assert [entry.module for entry in embedded.entries(["p"])] == [held_out, trained[1]]
+
+
 def test_a_package_that_is_not_installed_gives_nothing():
     assert embedded.modules("surely_not_installed") == []
 

@@ -64,6 +64,12 @@ def test_both_agree_on_long_texts_and_so_does_bulk_encoding(directories, loaded,
             assert [ids[:-1] for ids in bulk] == original[kind].encode(documents)
 
 
+def test_sums_of_unigram_scores_are_exact_so_that_rounding_never_picks_the_segmentation(original):
+    scores = [original["unigram"].get_score(number) for number in range(700)]
+    assert len(set(scores)) > 100
+    assert all((score * 64).is_integer() for score in scores)
+
+
 def test_roles_and_templates_are_those_encoders_expect(loaded):
     for fast in loaded.values():
         roles = [fast.pad_token_id, fast.unk_token_id, fast.cls_token_id, fast.bos_token_id, fast.sep_token_id, fast.eos_token_id, fast.mask_token_id]
@@ -148,6 +154,13 @@ def test_a_hugging_face_directory_is_copied_as_it_is_without_weights(directories
     tokenizer.take(given_, tmp_path / "taken")
     assert sorted(file.name for file in (tmp_path / "taken").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     assert (tmp_path / "taken" / "tokenizer.json").read_bytes() == (given_ / "tokenizer.json").read_bytes()
+
+
+def test_a_directory_without_its_sentencepiece_model_encodes_the_same(directories, texts, tmp_path):
+    tokenizer.load(directories["unigram"]).save_pretrained(tmp_path / "exported")
+    assert not (tmp_path / "exported" / "spm.model").exists()
+    one, other = (list(tokenizer.Encoder(directory).encode(texts[:20])) for directory in (directories["unigram"], tmp_path / "exported"))
+    assert [ids.tolist() for ids in one] == [ids.tolist() for ids in other]
 
 
 def test_a_directory_that_is_no_tokenizer_or_has_no_end_token_is_refused(directories, tmp_path):

