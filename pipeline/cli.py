@@ -74,6 +74,7 @@ def _make(recipe: Recipe, stage: str, path: Path, overrides: list[str]) -> None:
 
     here = ranks.Ranks.here()
     if here.by == "alone" and not local.in_process(recipe, stage):
+        workflow.check(recipe, stage, getattr(recipe, stage).ranks)
         code = local.start(recipe, stage, path, overrides)
         if code:
             sys.exit(code)

@@ -16,6 +16,8 @@ from pipeline.corpus import sources
 from pipeline.errors import UserError
 from pipeline.launch.ranks import Ranks
 from pipeline.recipe import Recipe
+from pipeline.training import deepspeed_config
+from pipeline.training.settings import TrainSettings
 
 INPUTS = {
     "tokenize": (),
@@ -97,7 +99,7 @@ def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage == "tokenize":
         assert recipe.tokenize is not None
         found["sources"] = sources.identity(recipe.tokenize)
-    if stage in ("finetune", "prune"):
+    if stage == "finetune":
         assert recipe.finetune is not None
         found["task"] = sources.task_identity(recipe.finetune.task)
     return found
@@ -132,21 +134,36 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def execute(recipe: Recipe, stage: str, ranks: Ranks) -> None:
-    """Make one stage here, as one of `ranks`: nothing to do when it is there, resumed when it is half done.
+def check(recipe: Recipe, stage: str, size: int) -> Step:
+    """What can be known before `size` ranks start a stage: that its inputs are made, and that there is work for each rank.
 
-    Raises UserError when an input stage has not been made.
+    Raises UserError when not.
     """
     steps = {step.stage: step for step in resolve(recipe)}
     step = steps[stage]
-    if step.artifact is not None:
-        return
     missing = [name for name in step.inputs if steps[name].artifact is None]
     if missing:
-        raise UserError(
-            f"{stage} reads {', '.join(missing)}, not made yet ({steps[missing[0]].why}); run trimline {missing[0]} first, or trimline run"
-        )
-    inputs = {name: artifact for name in step.inputs if (artifact := steps[name].artifact) is not None}
+        raise UserError(f"{stage} reads {', '.join(missing)}, not made yet ({steps[missing[0]].why}); run trimline {missing[0]} first, or trimline run")
+    packed = steps["pack"].artifact if stage == "pretrain" else None
+    if packed is not None and packed.metrics["segments"] < size:
+        raise UserError(f"pretrain: {size} ranks share {packed.metrics['segments']} segments ({packed.path}); use fewer ranks, or more text")
+    training = getattr(recipe, stage)
+    if isinstance(training, TrainSettings):
+        unit = recipe.pack.group_size if stage == "pretrain" and recipe.pack else 1
+        rows, _ = deepspeed_config.division(training.batch_size, unit, training.micro_batch_size, size)
+        deepspeed_config.render(training.deepspeed, training, rows=rows, world=size)
+    return step
+
+
+def execute(recipe: Recipe, stage: str, ranks: Ranks) -> None:
+    """Make one stage here, as one of `ranks`: nothing to do when it is there, resumed when it is half done.
+
+    Raises UserError when `check` does, or the stage finds a mistake.
+    """
+    step = check(recipe, stage, ranks.size)
+    if step.artifact is not None:
+        return
+    inputs = {name: artifact for name in step.inputs if (artifact := artifacts.find(recipe.directory, name, step.inputs[name])) is not None}
     logs = recipe.directory / "logs" / step.name
     started = time.time()
     artifacts.make_directory(logs)

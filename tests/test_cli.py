@@ -135,10 +135,11 @@ def test_a_corrupt_manifest(path):
 def test_more_ranks_than_segments(path):
     path.write_text(path.read_text().replace("batch_size: 4", "batch_size: 64\n  ranks: 64"))
     (path.parent / "corpus.txt").write_text("One short document, no more than two rows of text.\n\nAnd one other to hold out, or not.")
-    trimline("tokenize", path, "tokenize.validation=0", check=0)
-    trimline("pack", path, "tokenize.validation=0", check=0)
-    done = trimline("pretrain", path, "tokenize.validation=0", check=2)
-    assert "64 ranks" in done.stderr
+    overrides = ["tokenize.validation=0"]
+    trimline("tokenize", path, *overrides, check=0)
+    trimline("pack", path, *overrides, check=0)
+    done = trimline("pretrain", path, *overrides, check=2)
+    assert "64 ranks share 3 segments" in done.stderr
 
 
 def test_a_run_directory_that_cannot_be_written(path):

@@ -130,16 +130,13 @@ class Store:
         document, start, length = (np.asarray(array, dtype=np.int64) for array in (documents, starts, lengths))
         assert np.all((start >= 0) & (length >= 0) & (start + length <= self.lengths[document]))
         shard = np.searchsorted(self._first, document, side="right") - 1
-        ends = np.cumsum(length)
-        position = np.arange(ends[-1] if len(ends) else 0) + np.repeat(self._starts[document] + start - (ends - length), length)
-        out = np.empty(len(position), dtype=self.dtype)
-        if len(np.unique(shard)) == 1:
-            out[:] = self._shards[shard[0]].tokens[position]
-            return out
-        owner = np.repeat(shard, length)
-        for number in np.unique(shard):
-            mine = owner == number
-            out[mine] = self._shards[number].tokens[position[mine]]
+        source, target = self._starts[document] + start, np.cumsum(length) - length
+        out = np.empty(length.sum(), dtype=self.dtype)
+        by_shard = np.argsort(shard, kind="stable")
+        for pieces in np.split(by_shard, np.flatnonzero(np.diff(shard[by_shard])) + 1):
+            if len(pieces):
+                tokens = self._shards[shard[pieces[0]]].tokens
+                out[_ranges(target[pieces], length[pieces])] = tokens[_ranges(source[pieces], length[pieces])]
         return out
 
     def fingerprint(self) -> str:
@@ -223,3 +220,9 @@ def _sync_and_close(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
+
+
+def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The numbers start, start + 1, ..., start + length - 1 of each pair, end to end."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)

@@ -39,12 +39,13 @@ class Trainee(nn.Module):
         that the loop logs; None where it is not known.
     """
 
-    side: nn.Module | None = None
+    side: nn.Module | None
 
-    def __init__(self, model: nn.Module, objective: Objective, *, flops_per_row: float | None = None):
+    def __init__(self, model: nn.Module, objective: Objective, *, side: nn.Module | None = None, flops_per_row: float | None = None):
         super().__init__()
         self.model = model
         self.objective = objective
+        object.__setattr__(self, "side", side)  # an ordinary attribute would register it, and DeepSpeed would train it
         self.flops_per_row = flops_per_row
 
     def prepare(self, batch: Batch, step: int) -> Batch:

@@ -17,7 +17,7 @@ from pipeline.models.modeling_trimline import TrimlineConfig
 from pipeline.packing.loader import Loader
 from pipeline.packing.plan import Plan
 from pipeline.tasks import metrics
-from pipeline.tasks import task as tasks
+from pipeline.tasks.task import Task
 from pipeline.workflow import Work
 
 FINETUNED, PRUNED = "fine-tuned", "pruned"
@@ -38,7 +38,7 @@ def run(work: Work) -> dict[str, Any]:
             models[PRUNED] = _load(work, "prune")
         report["models"] |= {name: _counts(model) for name, model in models.items()}
         tokenizer = tokenizers.load(work.input("finetune") / "model")
-        task = tasks.load(work.recipe.finetune.task, work.recipe.seed)
+        task = Task.open(work.input("finetune") / "task.json")
         scores = {name: metrics.evaluate(model, tokenizer, task, "test", settings.batch_size, device) for name, model in models.items()}
         report["task"] = {"split": "test", "metric": task.metric, "scores": scores}
         report["latency"] = speed.latency(models, settings.latency, len(tokenizer), device)

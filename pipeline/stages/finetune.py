@@ -44,6 +44,7 @@ def run(work: Work) -> dict[str, Any]:
     )
     if not work.ranks.first:
         return {}
+    task.save(work.directory / "task.json")
     export.save(model, tokenizer, work.directory / "model", summary.weights)
     saved = build.load(work.directory / "model", **options)  # scored as others will load it
     scores = metrics.evaluate(saved, tokenizer, task, "dev", settings.micro_batch_size, next(model.parameters()).device)

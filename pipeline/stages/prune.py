@@ -20,8 +20,8 @@ from pipeline.models.modeling_trimline import TrimlineForSequenceClassification
 from pipeline.objectives.base import Trainee
 from pipeline.recipe import TaskTrainSettings
 from pipeline.tasks import metrics
-from pipeline.tasks import task as tasks
 from pipeline.tasks.batches import TaskBatches
+from pipeline.tasks.task import Task
 from pipeline.training.loop import Summary, train
 from pipeline.workflow import Work
 
@@ -38,7 +38,7 @@ def run(work: Work) -> dict[str, Any]:
     assert recipe.finetune is not None
     finetuned = work.input("finetune") / "model"
     tokenizer = tokenizers.load(finetuned)
-    task = tasks.load(recipe.finetune.task, recipe.seed)
+    task = Task.open(work.input("finetune") / "task.json")
 
     def steps_of(training: TaskTrainSettings) -> int:
         return math.ceil(training.epochs * len(task.splits["train"]) / training.batch_size)
@@ -46,11 +46,9 @@ def run(work: Work) -> dict[str, Any]:
     def distil(student: TrimlineForSequenceClassification, training: TaskTrainSettings, phase: str, masks: Masks | None = None) -> Summary:
         """The fine-tuned model into the student, with the masks in it or without."""
         objective = Distillation(_load(finetuned), settings.distillation, masks)
-        trainee = Trainee(student, objective)
-        object.__setattr__(trainee, "side", masks)  # an ordinary attribute would register it, and DeepSpeed would train it
         batches = TaskBatches(task.splits["train"], tokenizer, task, training.batch_size, recipe.seed)
         return train(
-            trainee,
+            Trainee(student, objective, side=masks),
             batches,
             training,
             steps=steps_of(training),

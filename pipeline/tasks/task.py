@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import numpy as np
 
+from pipeline import artifacts
 from pipeline.corpus import embedded
 from pipeline.errors import UserError
 from pipeline.tasks import tables
@@ -36,6 +39,21 @@ class Task:
     @property
     def regression(self) -> bool:
         return not self.labels
+
+    def save(self, path: Path) -> None:
+        """Keep the task as it was used, so that what comes after is trained and scored on the very same examples."""
+        splits = {split: [astuple(example) for example in examples] for split, examples in self.splits.items()}
+        artifacts.write_json(path, {"labels": self.labels, "metric": self.metric, "max_length": self.max_length, "splits": splits})
+
+    @classmethod
+    def open(cls, path: Path) -> Task:
+        """What `save` wrote. Raises UserError when it cannot be read."""
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            splits = {split: [Example(*example) for example in examples] for split, examples in kept["splits"].items()}
+            return cls(splits, tuple(kept["labels"]), kept["metric"], kept["max_length"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a readable task ({error!r}); remove {path.parent} and run finetune again") from None
 
 
 def load(settings: TaskSettings, seed: int) -> Task:

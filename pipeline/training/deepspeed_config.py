@@ -61,8 +61,7 @@ def render(name_or_path: str, settings: TrainSettings, *, rows: int, world: int)
             raise UserError(f"{where}: unknown key {key!r}; " + (f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(KNOWN)}"))
         if key in FROM_RECIPE and value != "auto":
             raise UserError(
-                f"{where}: {key} is {value!r} here, and {FROM_RECIPE[key]} of the recipe says it too; "
-                f'write "auto" here and the number in the recipe'
+                f'{where}: {key} is {value!r} here, and {FROM_RECIPE[key]} of the recipe says it too; write "auto" here and the number in the recipe'
             )
     assert settings.batch_size % (rows * world) == 0, "rows come from division()"
     return config | {

@@ -76,9 +76,7 @@ def build(trainee: nn.Module, config: dict[str, Any], settings: TrainSettings) -
     ]
     zero = config.get("zero_optimization", {})
     fused = torch.cuda.is_available() and "offload_optimizer" not in zero
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused
-    )
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
     with quiet():
         engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

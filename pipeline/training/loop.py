@@ -272,8 +272,6 @@ def _outside(trainee: Any, device: torch.device) -> Any:
     side = trainee.side
     if side is None:
         return None
-    if trainee._modules.pop("side", None) is not None:
-        object.__setattr__(trainee, "side", side)
     inside = {id(parameter) for parameter in trainee.parameters()}
     assert not any(id(parameter) in inside for parameter in side.parameters()), "the side module is also a part of the trainee"
     side.to(device)

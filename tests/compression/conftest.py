@@ -11,8 +11,16 @@ def encoder():
     def make(norm="post", labels=3, dropout=0.0, seed=0):
         torch.manual_seed(seed)
         config = TrimlineConfig(
-            vocab_size=50, hidden_size=32, head_dim=8, heads_per_layer=[4, 4, 4], ffn_per_layer=[48, 48, 48], norm=norm, dropout=dropout,
-            max_position_embeddings=16, initializer_range=0.2, num_labels=labels,
+            vocab_size=50,
+            hidden_size=32,
+            head_dim=8,
+            heads_per_layer=[4, 4, 4],
+            ffn_per_layer=[48, 48, 48],
+            norm=norm,
+            dropout=dropout,
+            max_position_embeddings=16,
+            initializer_range=0.2,
+            num_labels=labels,
         )
         model = TrimlineForSequenceClassification(config).eval()
         with torch.no_grad():

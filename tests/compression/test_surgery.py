@@ -27,9 +27,7 @@ def soft_masks(zero_heads=(), zero_neurons=()):
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
-@pytest.mark.parametrize(
-    ("zero_heads", "zero_neurons"), [((), ()), ((1,), ()), ((), (2,)), ((0, 2), (0,)), ((1,), (1,)), ((0, 1, 2), (0, 1, 2))]
-)
+@pytest.mark.parametrize(("zero_heads", "zero_neurons"), [((), ()), ((1,), ()), ((), (2,)), ((0, 2), (0,)), ((1,), (1,)), ((0, 1, 2), (0, 1, 2))])
 def test_the_removed_model_gives_the_masked_models_logits(encoder, norm, zero_heads, zero_neurons):
     model, masks, inputs = encoder(norm), soft_masks(zero_heads, zero_neurons), batch()
     with torch.no_grad():

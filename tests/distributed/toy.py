@@ -82,7 +82,7 @@ class Trainee(nn.Module):
         super().__init__()
         torch.manual_seed(3)
         self.model = Model(dropout)
-        self.side = Gate() if side else None
+        object.__setattr__(self, "side", Gate() if side else None)
         self.bad_from = bad_from
 
     def prepare(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:

@@ -76,5 +76,6 @@ def finetuned(tmp_path_factory):
         optimizer.zero_grad()
     artifact = directory / "finetune-00000000"
     export.save(model, tokenizer, artifact / "model")
+    task.save(artifact / "task.json")
     manifest = {"fingerprint": "0" * 64, "seconds": 12.5, "metrics": {"dev_accuracy": 0.97}, "versions": {"torch": torch.__version__}}
     return SimpleNamespace(recipe=recipe, artifact=Artifact(artifact, manifest), model=model.eval(), tokenizer=tokenizer, task=task)

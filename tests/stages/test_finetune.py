@@ -13,6 +13,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages import finetune
 from pipeline.tasks import metrics
 from pipeline.tasks import task as tasks
+from pipeline.tasks.task import Task
 from pipeline.workflow import Work
 
 
@@ -41,11 +42,12 @@ def test_a_pretrained_encoder_learns_the_task(make_work):
     assert figures["steps"] == 136  # 8.5 passes over 512 examples, 32 a step
     assert figures["dev_accuracy"] > 0.9
     assert json.loads(json.dumps(figures)) == figures
-    assert [path.name for path in work.directory.iterdir()] == ["model"]
+    assert sorted(path.name for path in work.directory.iterdir()) == ["model", "scratch", "task.json"]
 
     model = AutoModelForSequenceClassification.from_pretrained(work.directory / "model")
     assert model.config.id2label == {0: "bad", 1: "good"}
     task = tasks.load(work.recipe.finetune.task, work.recipe.seed)
+    assert Task.open(work.directory / "task.json") == task
     tokenizer = AutoTokenizer.from_pretrained(work.directory / "model")
     assert metrics.evaluate(model, tokenizer, task, "dev", 150)["accuracy"] == pytest.approx(figures["dev_accuracy"], abs=1e-3)
 

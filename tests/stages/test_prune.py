@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -76,6 +77,8 @@ def test_killed_in_the_recovery_it_resumes_to_the_same_model(finetuned, pruned, 
 
 
 def test_a_model_that_was_pruned_before_is_refused(finetuned, pruned, tmp_path):
-    artifact = Artifact(pruned[0].directory, finetuned.artifact.manifest)
+    shutil.copytree(pruned[0].directory / "model", tmp_path / "pruned" / "model")
+    finetuned.task.save(tmp_path / "pruned" / "task.json")
+    artifact = Artifact(tmp_path / "pruned", finetuned.artifact.manifest)
     with pytest.raises(UserError, match="pruned before"):
-        prune.run(Work("prune", finetuned.recipe, {"finetune": artifact}, tmp_path, tmp_path / "logs"))
+        prune.run(Work("prune", finetuned.recipe, {"finetune": artifact}, tmp_path / "work", tmp_path / "logs"))

@@ -6,6 +6,7 @@ from pipeline.corpus import embedded
 from pipeline.errors import UserError
 from pipeline.tasks import task as tasks
 from pipeline.tasks.settings import TaskSettings
+from pipeline.tasks.task import Task
 
 
 @pytest.fixture
@@ -90,3 +91,9 @@ def test_labels_that_are_all_the_same_are_refused(table):
 def test_too_few_examples_to_hold_some_out_are_refused(table):
     with pytest.raises(UserError, match=r"a\.tsv: 2 examples, too few to hold 0\.6 of them out; give task\.dev"):
         load(train=table("a.tsv", ["x", "y"]), dev_fraction=0.6)
+
+
+def test_a_damaged_task_file_is_told(tmp_path):
+    (tmp_path / "task.json").write_text('{"labels": []}')
+    with pytest.raises(UserError, match="not a readable task"):
+        Task.open(tmp_path / "task.json")
