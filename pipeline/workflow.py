@@ -143,7 +143,7 @@ def check(recipe: Recipe, stage: str, size: int) -> Step:
     step = steps[stage]
     missing = [name for name in step.inputs if steps[name].artifact is None]
     if missing:
-        raise UserError(f"{stage} reads {', '.join(missing)}, not made yet ({steps[missing[0]].why}); run trimline {missing[0]} first, or trimline run")
+        raise UserError(f"{stage} reads {', '.join(missing)}, not made yet ({steps[missing[0]].why}); run trimline {missing[0]} first")
     packed = steps["pack"].artifact if stage == "pretrain" else None
     if packed is not None and packed.metrics["segments"] < size:
         raise UserError(f"pretrain: {size} ranks share {packed.metrics['segments']} segments ({packed.path}); use fewer ranks, or more text")
