@@ -31,6 +31,7 @@ def run(work: Work) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report: reports.Report = {"name": work.recipe.name, "stages": _stages(work), "held_out": None, "task": None, "models": {}, "latency": None}
     if work.recipe.pretrain:
+        print("evaluate: the pretrained model on held-out text", flush=True)
         report["held_out"] = _held_out(work, report, device)
     if work.recipe.finetune:
         models = {FINETUNED: _load(work, "finetune")}
@@ -39,8 +40,10 @@ def run(work: Work) -> dict[str, Any]:
         report["models"] |= {name: _counts(model) for name, model in models.items()}
         tokenizer = tokenizers.load(work.input("finetune") / "model")
         task = Task.open(work.input("finetune") / "task.json")
+        print(f"evaluate: {' and '.join(models)} model on the task", flush=True)
         scores = {name: metrics.evaluate(model, tokenizer, task, "test", settings.batch_size, device) for name, model in models.items()}
         report["task"] = {"split": "test", "metric": task.metric, "scores": scores}
+        print("evaluate: speed", flush=True)
         report["latency"] = speed.latency(models, settings.latency, len(tokenizer), device)
     report |= {"device": speed.device_name(device), "versions": next(reversed(work.inputs.values())).manifest["versions"]}
     reports.write(report, work.directory)
