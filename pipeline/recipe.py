@@ -183,12 +183,14 @@ def _locate(node: yaml.Node | None, at: At, file: str, origin: dict[At, str]) ->
             if key.value in written:
                 raise RecipeError(f"{file}:{key.start_mark.line + 1}: {key.value} is given twice; keep one")
             written.add(key.value)
-            origin[(*at, key.value)] = f"{file}:{key.start_mark.line + 1}"
-            _locate(value, (*at, key.value), file, origin)
+            below = (*at, key.value)
+            origin[below] = f"{file}:{key.start_mark.line + 1}"
+            _locate(value, below, file, origin)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            origin[(*at, index)] = f"{file}:{value.start_mark.line + 1}"
-            _locate(value, (*at, index), file, origin)
+            below = (*at, index)
+            origin[below] = f"{file}:{value.start_mark.line + 1}"
+            _locate(value, below, file, origin)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

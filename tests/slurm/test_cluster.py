@@ -27,7 +27,7 @@ import importlib, types
 names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT SLURMD_NODENAME".split()
 (here / f"{{stage}}-{{os.environ.get('SLURM_PROCID')}}.env").write_text(" ".join(os.environ.get(name, "-") for name in names))
 (here / "order").open("a").write(stage + "\\n") if os.environ["SLURM_PROCID"] == "0" else None
-sys.modules[f"pipeline.stages.{{stage}}"] = types.SimpleNamespace(run=lambda work: {{"made": 1}})
+sys.modules[f"pipeline.stages.{{stage}}"] = types.SimpleNamespace(run=lambda work: {{"segments": 100}})
 workflow.execute(recipe.load(recipe_file), stage, Ranks(int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"]), "torch"))
 """
 
