@@ -212,7 +212,7 @@ def publish(
     """Make a finished `.partial` directory an artifact: every file synced, the manifest last, then one rename."""
     files = {}
     for file in sorted(path for path in partial.rglob("*") if path.is_file() and path.name != MANIFEST):
-        _sync(file)
+        sync(file)
         files[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     finished = time.time()
     manifest = {
@@ -232,7 +232,7 @@ def publish(
     write_json(partial / MANIFEST, manifest)
     final = partial.with_name(partial.name.removesuffix(".partial"))
     os.rename(partial, final)
-    _sync(final.parent)
+    sync(final.parent)
     return Artifact(final, manifest)
 
 
@@ -250,7 +250,8 @@ def write_json(path: Path, content: Any) -> None:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -26,7 +26,7 @@ import torch
 from torch import distributed, nn
 
 from pipeline import __version__
-from pipeline.artifacts import sha256, write_json
+from pipeline.artifacts import sha256, sync, write_json
 from pipeline.errors import UserError
 from pipeline.training.engine import persistent_buffers, quiet, zero_stage
 
@@ -100,11 +100,11 @@ class Checkpoints:
         }
         write_json(unfinished / STATE, state)
         for directory in (unfinished / SHARDS, unfinished):
-            _sync(directory)
+            sync(directory)
         if final.exists():
             _remove(final)
         os.rename(unfinished, final)
-        _sync(final.parent)
+        sync(final.parent)
         for old in self._complete()[self.keep :]:
             _remove(old)
 
@@ -293,14 +293,6 @@ def _remove(directory: Path) -> None:
     gone = directory.with_name(f"{directory.name}.partial")
     os.rename(directory, gone)
     shutil.rmtree(gone)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _gather(value: Result) -> list[Result]:
