@@ -166,7 +166,6 @@ def execute(recipe: Recipe, stage: str, ranks: Ranks) -> None:
     inputs = {name: artifact for name in step.inputs if (artifact := artifacts.find(recipe.directory, name, step.inputs[name])) is not None}
     logs = recipe.directory / "logs" / step.name
     started = time.time()
-    artifacts.make_directory(logs)
     run = importlib.import_module(f"pipeline.stages.{stage}").run
     if not ranks.first:
         partial = recipe.directory / f"{step.name}.partial"

@@ -75,6 +75,10 @@ def test_plan_says_what_would_run_and_the_derived_numbers_and_writes_nothing(pat
     assert not (path.parent / "runs").exists()
 
 
+def test_a_rank_that_the_deepspeed_launcher_started_by_hand_takes_its_extra_option(path):
+    assert "not made yet" in trimline("--local_rank=0", "plan", path, check=0, LOCAL_RANK="0").stdout
+
+
 def test_a_misspelt_key(path):
     path.write_text(path.read_text().replace("length: 32\n", "lenght: 32\n", 1))
     assert mistake(path, "run").startswith(f"{path}:9: unknown key 'pack.lenght'; did you mean 'length'?")
