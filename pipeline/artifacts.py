@@ -209,7 +209,10 @@ def make_directory(path: Path) -> None:
 def publish(
     partial: Path, *, stage: str, digest: str, settings: Mapping[str, Any], inputs: Mapping[str, str], metrics: Mapping[str, Any], started: float
 ) -> Artifact:
-    """Make a finished `.partial` directory an artifact: every file synced, the manifest last, then one rename."""
+    """Make a finished `.partial` directory an artifact: every file synced, the manifest last, then one rename.
+
+    started: when the attempt that finished it began; the manifest's `seconds` do not count attempts that were cut off.
+    """
     files = {}
     for file in sorted(path for path in partial.rglob("*") if path.is_file() and path.name != MANIFEST):
         sync(file)
