@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import workflow
 from pipeline.recipe import Recipe, TaskTrainSettings
-from pipeline.training import deepspeed_config
 from pipeline.training.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from pipeline.workflow import Step
+from pipeline.workflow import Step
 
 FIGURES = 5
 """Headline figures shown of a stage; its manifest has all."""
@@ -72,12 +70,11 @@ def plan(recipe: Recipe, steps: Sequence[Step]) -> None:
         console.print(derived)
 
 
-def _division(recipe: Recipe, name: str, settings: TrainSettings) -> str:
+def _division(recipe: Recipe, stage: str, training: TrainSettings) -> str:
     """How a global batch is divided on the recipe's local ranks; also checks the DeepSpeed configuration."""
-    unit = recipe.pack.group_size if name == "pretrain" and recipe.pack else 1
-    rows, accumulation = deepspeed_config.division(settings.batch_size, unit, settings.micro_batch_size, settings.ranks)
-    deepspeed_config.render(settings.deepspeed, settings, rows=rows, world=settings.ranks)
-    return f"{settings.batch_size} rows = {settings.ranks} ranks x {rows} rows x {accumulation} accumulated, {settings.deepspeed}"
+    ranks = getattr(recipe, stage).ranks
+    rows, accumulation = workflow.division(recipe, stage, training, ranks)
+    return f"{training.batch_size} rows = {ranks} ranks x {rows} rows x {accumulation} accumulated, {training.deepspeed}"
 
 
 def _pretraining(recipe: Recipe, packed: dict[str, Any] | None) -> str:

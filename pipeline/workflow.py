@@ -15,7 +15,8 @@ from pipeline.artifacts import Artifact
 from pipeline.corpus import sources
 from pipeline.errors import UserError
 from pipeline.launch.ranks import Ranks
-from pipeline.recipe import Recipe
+from pipeline.recipe import PruneSettings, Recipe
+from pipeline.tasks import sources as task_sources
 from pipeline.training import deepspeed_config
 from pipeline.training.settings import TrainSettings
 
@@ -101,7 +102,7 @@ def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
         found["sources"] = sources.identity(recipe.tokenize)
     if stage == "finetune":
         assert recipe.finetune is not None
-        found["task"] = sources.task_identity(recipe.finetune.task)
+        found["task"] = task_sources.identity(recipe.finetune.task)
     return found
 
 
@@ -147,12 +148,27 @@ def check(recipe: Recipe, stage: str, size: int) -> Step:
     packed = steps["pack"].artifact if stage == "pretrain" else None
     if packed is not None and packed.metrics["segments"] < size:
         raise UserError(f"pretrain: {size} ranks share {packed.metrics['segments']} segments ({packed.path}); use fewer ranks, or more text")
-    training = getattr(recipe, stage)
-    if isinstance(training, TrainSettings):
-        unit = recipe.pack.group_size if stage == "pretrain" and recipe.pack else 1
-        rows, _ = deepspeed_config.division(training.batch_size, unit, training.micro_batch_size, size)
-        deepspeed_config.render(training.deepspeed, training, rows=rows, world=size)
+    for training in trainings(recipe, stage):
+        division(recipe, stage, training, size)
     return step
+
+
+def trainings(recipe: Recipe, stage: str) -> list[TrainSettings]:
+    """The optimisations of a stage in order, all on the same ranks; none where it does not train."""
+    settings = getattr(recipe, stage)
+    both = [settings, settings.recovery] if isinstance(settings, PruneSettings) else [settings]
+    return [training for training in both if isinstance(training, TrainSettings)]
+
+
+def division(recipe: Recipe, stage: str, training: TrainSettings, size: int) -> tuple[int, int]:
+    """Rows of a micro-batch and micro-batches of a step on each of `size` ranks.
+
+    Raises UserError when there is no such division, or the DeepSpeed configuration is wrong.
+    """
+    unit = recipe.pack.group_size if stage == "pretrain" and recipe.pack else 1
+    rows, accumulation = deepspeed_config.division(training.batch_size, unit, training.micro_batch_size, size)
+    deepspeed_config.render(training.deepspeed, training, rows=rows, world=size)
+    return rows, accumulation
 
 
 def execute(recipe: Recipe, stage: str, ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +100,15 @@ def test_a_missing_corpus_file_is_told_before_anything_is_written(path, tmp_path
     with pytest.raises(UserError, match=r"text\.txt"):
         workflow.resolve(recipe.load(path))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_recovery_that_the_ranks_of_prune_cannot_divide_is_refused_before_they_start():
+    overrides = ["prune.ranks=2", "prune.recovery.batch_size=7"]
+    loaded = recipe.load(Path(__file__).parents[1] / "recipes" / "demo.yaml", overrides)
+    whole, recovery = workflow.trainings(loaded, "prune")
+    assert workflow.division(loaded, "prune", whole, 2) == (16, 1)
+    with pytest.raises(UserError, match="7"):
+        workflow.division(loaded, "prune", recovery, 2)
 
 
 def test_resolving_imports_neither_torch_nor_deepspeed_nor_transformers(path):

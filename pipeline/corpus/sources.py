@@ -15,7 +15,6 @@ from pipeline import artifacts
 from pipeline.corpus.settings import Source, Specification, TokenizeSettings
 from pipeline.errors import UserError
 from pipeline.shipped import shipped
-from pipeline.tasks.settings import TaskSettings
 
 BUILDERS = {".jsonl": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 """Extension of a corpus file -> the Hugging Face `datasets` builder that reads it. All but .parquet may be followed by .gz."""
@@ -45,14 +44,6 @@ def identity(settings: TokenizeSettings) -> list[Any]:
     return [*sources, {"tokenizer": _tokenizer_identity(settings)}]
 
 
-def task_identity(settings: TaskSettings) -> dict[str, Any]:
-    """The same for a task: its files, or the packages behind the embedded one."""
-    if settings.embedded:
-        return {"embedded": embedded_versions()}
-    splits = {"train": settings.train, "dev": settings.dev, "test": settings.test}
-    return {split: artifacts.file_identity(_checked(Path(path))) for split, path in splits.items() if path is not None}
-
-
 def directory_identity(directory: str | Path) -> dict[str, str]:
     """Every file below a directory, by its path in it. Raises UserError when there is none."""
     root = Path(directory)
@@ -70,7 +61,7 @@ def files(pattern: str) -> list[Path]:
     if not paths:
         raise UserError(f"{pattern}: no file matches; correct the glob, or the directory it is relative to ({Path.cwd()})")
     for path in paths:
-        builder(_checked(path))
+        builder(checked(path))
     return paths
 
 
@@ -147,10 +138,11 @@ def _tokenizer_identity(settings: TokenizeSettings) -> Any:
         return artifacts.results_only(specification(path, settings.vocab_size))
     if settings.vocab_size is not None:
         raise UserError(f"tokenize.vocab_size is for tokenizers that are trained; {path} comes with its vocabulary: leave vocab_size out")
-    return directory_identity(path) if path.is_dir() else artifacts.file_identity(_checked(path))
+    return directory_identity(path) if path.is_dir() else artifacts.file_identity(checked(path))
 
 
-def _checked(path: Path) -> Path:
+def checked(path: Path) -> Path:
+    """The path of a file that is there and not empty; else raises UserError."""
     if not path.is_file():
         found = "is a directory, expected a file" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {found}; correct the path (relative to {Path.cwd()})")

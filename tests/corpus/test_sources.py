@@ -11,7 +11,6 @@ from pipeline.corpus import documents, sources
 from pipeline.corpus.settings import Source, TokenizeSettings
 from pipeline.errors import UserError
 from pipeline.shipped import shipped
-from pipeline.tasks.settings import TaskSettings
 
 
 def texts_of(path, **options):
@@ -67,15 +66,6 @@ def test_globs_are_expanded_in_sorted_order(tmp_path):
     for name in ("b.txt", "a.txt", "c.csv"):
         (tmp_path / name).write_text("text\nx")
     assert [path.name for path in sources.files(str(tmp_path / "*.txt"))] == ["a.txt", "b.txt"]
-
-
-def test_task_identity_follows_its_files(tmp_path):
-    (tmp_path / "train.tsv").write_text("text\tlabel\n")
-    task = TaskSettings(train=str(tmp_path / "train.tsv"))
-    first = sources.task_identity(task)
-    (tmp_path / "train.tsv").write_text("text\tlabel\na\tb\n")
-    assert sources.task_identity(task) != first
-    assert "python" in sources.task_identity(TaskSettings(embedded=True))["embedded"]
 
 
 @pytest.mark.parametrize(
