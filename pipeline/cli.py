@@ -146,6 +146,48 @@ def status(path: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="What pack made, a plan in it (train, valid), or a recipe.")],
+    overrides: Overrides = None,
+    groups: Annotated[int, typer.Option(help="Groups printed as text.", min=0)] = 3,
+    sample: Annotated[int, typer.Option(help="Groups measured, at most.", min=1)] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the sample, and of the random plan it is compared with.", min=0)] = 1,
+    store: Annotated[Path | None, typer.Option(metavar="DIR", help="Token store, where it is not beside the plan.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Tokenizer, where it is not beside the plan.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure a plan: how full its rows, how similar the segments of a group; and show some groups."""
+    with _told():
+        import json
+
+        from pipeline import terminal
+        from pipeline.packing import quality
+
+        directory = path if path.is_dir() else _packed(path, overrides)
+        plan, opened, loaded = quality.open_plan(directory, store, tokenizer)
+        found = quality.measure(plan, opened, loaded, sample=sample, seed=seed, read=0 if as_json else groups)
+        if as_json:
+            print(json.dumps(found.figures(), indent=2))
+        else:
+            terminal.quality(found)
+
+
+def _packed(path: Path, overrides: list[str] | None) -> Path:
+    """What the pack stage of a recipe made."""
+    from pipeline import workflow
+    from pipeline.errors import UserError
+
+    if not path.is_file():
+        raise UserError(f"{path}: does not exist; give what pack made, such as runs/NAME/pack-1234abcd, or a recipe")
+    step = next((step for step in workflow.resolve(_load(path, overrides)) if step.stage == "pack"), None)
+    if step is None:
+        raise UserError(f"{path} has no section 'pack', so there is no plan to inspect")
+    if step.artifact is None:
+        raise UserError(f"{path}: its plan is not made ({step.why}); run trimline pack first")
+    return step.artifact.path
+
+
+@app.command()
 def explain(key: Annotated[str, typer.Argument(help="A recipe key, such as pretrain.warmup_ratio; none: all sections.")] = "") -> None:
     """Explain a key of a recipe: meaning, unit, default, keys below it."""
     with _told():

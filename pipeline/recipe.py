@@ -35,6 +35,7 @@ class RecipeError(UserError):
 class PretrainSettings(TrainSettings):
     objective: AnyObjective = setting(MlmSettings(), "What the model learns to predict.")
     steps: int = setting(1000, "Optimiser steps.", unit="steps", ge=1)
+    document_mask: bool = setting(False, "Attention stays inside a document, and positions restart in each; for rows that hold several documents.")
     loss_weights: dict[str, float] = setting({}, "Weight of each named loss in the sum; 1 where not named.")
 
 

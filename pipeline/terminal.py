@@ -1,21 +1,35 @@
-"""What `run`, `plan` and `status` print."""
+"""What `run`, `plan`, `status` and `inspect` print."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from pipeline import workflow
 from pipeline.recipe import Recipe, TaskTrainSettings
 from pipeline.training.settings import TrainSettings
 from pipeline.workflow import Step
 
+if TYPE_CHECKING:
+    from pipeline.packing.quality import Member, Quality
+
 FIGURES = 5
 """Headline figures shown of a stage; its manifest has all."""
+
+MEASURES = (
+    ("bm25", "BM25 inside groups", ".1f"),
+    ("positives", "positives: targets another segment has", ".1%"),
+    ("rare_positives", "positives of rare tokens (in 2% of segments)", ".1%"),
+    ("same_document", "pairs from one document", ".1%"),
+)
+"""What is compared with a random plan."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -93,6 +107,46 @@ def status(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def quality(found: Quality) -> None:
+    """The figures of a plan beside those of a random one, and the groups to read."""
+    plan, counts = found.plan, found.counts
+    console.print(f"[bold]{plan.directory}[/]: {plan.kind} rows of {plan.length} tokens, segments {plan.settings.segments}")
+    console.print(f"groups {plan.settings.groups}, {plan.group_size} segments in each" if plan.group_size > 1 else "groups of one segment")
+    table = _table("", "plan", *(["random"] if found.in_group else []))
+    table.columns[1].justify = "right"
+    for name in ("segments", "groups", "short_groups", "tokens", "dropped_tokens", "padded_tokens"):
+        table.add_row(name.replace("_", " "), f"{counts[name]:,}")
+    table.add_row("fill rate", f"{counts['fill_rate']:.1%}")
+    for name, count in counts.get("duplicates", {}).items():
+        table.add_row(f"near-duplicates {name}", f"{count:,}")
+    if found.in_group and found.random:
+        table.columns[2].justify = "right"
+        for name, label, style in MEASURES:
+            one, other = (getattr(side, name) for side in (found.in_group, found.random))
+            table.add_row(label, *("-" if value is None else format(value, style) for value in (one, other)))
+    console.print(table)
+    if found.in_group:
+        share = f"{found.measured:,} of {counts['groups']:,} groups (seed {found.seed})" if found.measured < counts["groups"] else "all groups"
+        counted = f"{found.counted:,} of {counts['segments']:,}" if found.counted < counts["segments"] else "all"
+        console.print(f"[dim]Inside groups: {share}; BM25 of {plan.settings.bm25.terms}; frequencies over {counted} segments.[/]")
+    for number, members in found.read:
+        console.print(f"\n[bold]Group {number:,}[/]" if found.in_group else "")
+        for member in members:
+            _member(member)
+
+
+def _member(member: Member) -> None:
+    documents = f"document{'s' if len(member.documents) > 1 else ''} {', '.join(f'{number:,}' for number in member.documents[:4])}"
+    similarity = "" if member.similarity is None else f", similarity {member.similarity:.1f}"
+    console.print(f"[bold]segment {member.segment:,}[/], {documents}{', ...' if len(member.documents) > 4 else ''}{similarity}")
+    text = Text(member.text)
+    if member.shared:
+        text.highlight_regex(rf"(?i)(?<!\w)({'|'.join(map(re.escape, member.shared))})(?!\w)", "bold cyan")
+    console.print(Padding(text, (0, 0, 0, 4), expand=False), soft_wrap=False)
+    if member.shared:
+        console.print(Padding(Text(f"shares: {', '.join(member.shared)}", "cyan"), (0, 0, 0, 4), expand=False), soft_wrap=False)
 
 
 def headline(metrics: dict[str, Any]) -> str:

@@ -16,10 +16,12 @@ import os
 import struct
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numba
 import numpy as np
 import numpy.typing as npt
+from numba.extending import intrinsic
 
 from pipeline.errors import UserError
 
@@ -91,16 +93,17 @@ class Writer:
 
 
 class Store:
-    """All shards of a directory as one array of documents. Tokens stay on disk; 24 bytes a document are held in memory."""
+    """All shards of a directory as one array of documents. Tokens stay on disk; 16 bytes a document are held in memory."""
 
     def __init__(self, shards: list[_Shard]) -> None:
         self._shards = shards
         self.dtype: np.dtype = shards[0].dtype
         self.lengths: npt.NDArray[np.int64] = np.concatenate([shard.lengths for shard in shards])
-        self._starts = np.concatenate([shard.starts for shard in shards])
-        """First token of each document, counted from the start of its shard."""
-        self._first = np.cumsum([0, *(len(shard.lengths) for shard in shards)], dtype=np.int64)
-        """Number of each shard's first document."""
+        self.addresses: npt.NDArray[np.int64] = np.concatenate([shard.tokens.ctypes.data + shard.starts * self.dtype.itemsize for shard in shards])
+        """Where in this process's memory each document begins, for compiled code (`tokens_at`); valid as long as the store is."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store.open, (self._shards[0].path.parent,)  # another process maps the shards elsewhere
 
     @classmethod
     def open(cls, directory: str | Path) -> Store:
@@ -119,24 +122,14 @@ class Store:
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> Tokens:
         """Tokens [length] of a document from `start`; to its end without `length`."""
-        length = int(self.lengths[document]) - start if length is None else length
-        assert 0 <= start <= start + length <= self.lengths[document]
-        shard = int(np.searchsorted(self._first, document, side="right")) - 1
-        at = int(self._starts[document]) + start
-        return np.array(self._shards[shard].tokens[at : at + length])
+        return self.gather([document], [start], [int(self.lengths[document]) - start if length is None else length])
 
     def gather(self, documents: npt.ArrayLike, starts: npt.ArrayLike, lengths: npt.ArrayLike) -> Tokens:
         """The tokens of many pieces end to end: documents, starts, lengths [pieces] -> [sum of lengths]."""
-        document, start, length = (np.asarray(array, dtype=np.int64) for array in (documents, starts, lengths))
+        document, start, length = (np.ascontiguousarray(array, dtype=np.int64) for array in (documents, starts, lengths))
         assert np.all((start >= 0) & (length >= 0) & (start + length <= self.lengths[document]))
-        shard = np.searchsorted(self._first, document, side="right") - 1
-        source, target = self._starts[document] + start, np.cumsum(length) - length
         out = np.empty(length.sum(), dtype=self.dtype)
-        by_shard = np.argsort(shard, kind="stable")
-        for pieces in np.split(by_shard, np.flatnonzero(np.diff(shard[by_shard])) + 1):
-            if len(pieces):
-                tokens = self._shards[shard[pieces[0]]].tokens
-                out[_ranges(target[pieces], length[pieces])] = tokens[_ranges(source[pieces], length[pieces])]
+        _gather(self.addresses[document] + start * self.dtype.itemsize, length, out)
         return out
 
     def fingerprint(self) -> str:
@@ -222,7 +215,27 @@ def _sync_and_close(file: BinaryIO) -> None:
     file.close()
 
 
-def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The numbers start, start + 1, ..., start + length - 1 of each pair, end to end."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+@intrinsic
+def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    """An address as a pointer, which numba has no word for."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return numba.types.voidptr(address), generate
+
+
+@numba.njit
+def tokens_at(address, length, like):  # type: ignore[no-untyped-def]
+    """For compiled code: the tokens [length] at that address, an array of `like`'s type. Nothing is checked or copied."""
+    return numba.carray(_pointer(address), length, like.dtype)  # type: ignore[call-arg]
+
+
+@numba.njit(cache=True, nogil=True)
+def _gather(addresses, lengths, out):  # type: ignore[no-untyped-def]
+    at = 0
+    for piece in range(len(addresses)):
+        tokens = tokens_at(addresses[piece], lengths[piece], out)
+        for i in range(lengths[piece]):
+            out[at + i] = tokens[i]
+        at += lengths[piece]

@@ -43,6 +43,13 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def threads(self) -> int:
+        """Cores for this rank: those it may use, shared with the other MPI ranks of this machine where nobody has bound each to its own."""
+        cores = len(os.sched_getaffinity(0))
+        together = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or "1")
+        return max(cores // together, 1) if cores == os.cpu_count() else cores
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.by == "mpi":

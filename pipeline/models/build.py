@@ -30,6 +30,7 @@ from pipeline.models.modeling_trimline import (
     TrimlineForCausalLM,
     TrimlineForMaskedLM,
     TrimlineForSequenceClassification,
+    TrimlinePreTrainedModel,
 )
 from pipeline.models.quiet import quiet
 from pipeline.models.settings import ModelSettings
@@ -96,9 +97,16 @@ def load(
     return bert.convert(model) if stock_bert else model.float()
 
 
-def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    """Raises UserError when a loaded model knows fewer tokens than the tokenizer makes, or fewer positions than rows are long."""
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, document_mask: bool = False) -> None:
+    """Raises UserError when a loaded model knows fewer tokens than the tokenizer makes, or fewer positions than rows are long,
+    or cannot keep attention inside documents where it should (`document_mask`).
+    """
     config = model.config
+    if document_mask and not isinstance(model, TrimlinePreTrainedModel):
+        raise UserError(
+            f"{config.name_or_path}: a model of type {config.model_type!r} cannot keep attention inside documents, Trimline's own and BERT can; "
+            "set pretrain.document_mask: false, or start from one of those"
+        )
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{config.name_or_path}: the model knows {config.vocab_size} tokens, the tokenizer makes {len(tokenizer)}; "

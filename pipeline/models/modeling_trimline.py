@@ -221,13 +221,20 @@ class TrimlineModel(TrimlinePreTrainedModel):
         position_ids: Tensor | None = None,
         masks: Masks | None = None,
         output_hidden_states: bool = False,
+        document_ids: Tensor | None = None,
     ) -> TrimlineOutput:
-        """input_ids [B, L]; attention_mask [B, L], 1 for tokens and 0 for padding; token types are ignored by a model without them."""
+        """input_ids [B, L]; attention_mask [B, L], 1 for tokens and 0 for padding; token types are ignored by a model without them.
+
+        document_ids: int64 [B, L], which of a row's documents a token is of, -1 for padding. A document's tokens stand together;
+        attention then stays inside it and its positions start at 0. An encoder's [cls], of the first document, sees that one alone.
+        """
         masks = masks or {}
         if unknown := masks.keys() - {"heads", "neurons"}:
             raise ValueError(f"masks has {sorted(unknown)}; known are heads and neurons")
+        if document_ids is not None and position_ids is None:
+            position_ids = positions_within(document_ids)
         x = self.embeddings(input_ids, token_type_ids, position_ids)
-        allowed = self._allowed(attention_mask)
+        allowed = self._allowed(attention_mask, document_ids)
         states, memory = [x], None
         for layer, block in enumerate(self.layers):
             head_mask, neuron_mask = self._row(masks, "heads", layer), self._row(masks, "neurons", layer)
@@ -247,15 +254,27 @@ class TrimlineModel(TrimlinePreTrainedModel):
         width = (self.config.heads_per_layer if unit == "heads" else self.config.ffn_per_layer)[layer]
         return masks[unit][layer, :width] if unit in masks and width else None
 
-    def _allowed(self, attention_mask: Tensor | None) -> Tensor | None:
-        """Boolean [B, 1, 1 or L, L], true where a query may look at a key; None where there is no padding to hide."""
-        if attention_mask is None:
+    def _allowed(self, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
+        """Boolean [B, 1, 1 or L, L], true where a query may look at a key; None where there is nothing to hide but a decoder's future."""
+        if document_ids is not None:
+            if attention_mask is not None:
+                document_ids = document_ids.masked_fill(attention_mask == 0, -1)
+            allowed = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
+        elif attention_mask is not None:
+            allowed = attention_mask[:, None, None, :].bool()
+        else:
             return None
-        allowed = attention_mask[:, None, None, :].bool()
         if self.config.kind == "decoder":
-            length = attention_mask.shape[1]
+            length = allowed.shape[-1]
             allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=allowed.device).tril()
         return allowed
+
+
+def positions_within(document_ids: Tensor) -> Tensor:
+    """int64 [B, L]: how many tokens of its document stand before each token. document_ids [B, L], a document's tokens together."""
+    places = torch.arange(document_ids.shape[1], device=document_ids.device)
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+    return places - (places * begins).cummax(dim=1).values
 
 
 class MaskedLMHead(nn.Module):

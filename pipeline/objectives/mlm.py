@@ -14,6 +14,9 @@ from pipeline.packing.draws import uniform
 SELECT, REPLACE, TOKEN = 0, 1, 2
 """Streams of draws: which positions are targets, what becomes of them, which random token."""
 
+INPUTS = ("input_ids", "attention_mask", "document_ids", "labels")
+"""What of a batch the model reads."""
+
 
 class Mlm(Objective):
     """Loss `mlm`: mean cross-entropy of the targets, in nats.
@@ -59,5 +62,4 @@ class Mlm(Objective):
         return {"mlm": (batch["labels"] != -100).sum()}
 
     def forward(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
-        return {"mlm": output.loss}
+        return {"mlm": model(**{name: batch[name] for name in INPUTS if name in batch}).loss}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+import numba
 import numpy as np
 
+from pipeline.corpus.store import Store, tokens_at
 from pipeline.errors import UserError
 from pipeline.packing.order import Order, share
 from pipeline.packing.plan import SPECIALS, Plan
@@ -14,8 +16,6 @@ from pipeline.packing.segments import Ints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from pipeline.corpus.store import Store
 
 
 class Loader:
@@ -26,28 +26,30 @@ class Loader:
 
     batch_size: rows of a global batch over all ranks. A short group still takes `unit` rows: those it lacks hold no token but the
     special ones (a decoder's: one padding token), and have segment number -1.
-    Raises UserError when the plan is empty, was made with another store or tokenizer, or the batch is not whole groups.
+    document_mask: whether batches say which document each token is from, for attention that stays inside documents.
+    Raises UserError when the plan is empty, damaged or made with another store or tokenizer, or the batch is not whole groups.
     """
 
-    def __init__(self, plan: Plan, store: Store, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int):
+    def __init__(self, plan: Plan, store: Store, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int, document_mask: bool = False):
         plan.check(store, tokenizer)
         if len(plan.groups) == 0:
             raise UserError(f"{plan.directory}: the plan has no segments; give tokenize more text, or lower pack.min_tokens")
         if batch_size % plan.group_size:
             raise UserError(f"batch_size {batch_size} is not a multiple of the plan's group size {plan.group_size} ({plan.directory}); make it one")
-        self.plan, self.store, self.batch_size, self.seed = plan, store, batch_size, seed
+        self.plan, self.store, self.batch_size, self.seed, self.document_mask = plan, store, batch_size, seed, document_mask
         self.unit = plan.group_size
         self.groups_per_batch = batch_size // self.unit
         self.steps_per_epoch = len(plan.groups) / self.groups_per_batch
-        self.fingerprint = hashlib.sha256(f"{plan.fingerprint} {batch_size} {seed}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{plan.fingerprint} {batch_size} {seed} {document_mask}".encode()).hexdigest()
         self._order = Order(len(plan.groups), seed)
-        self._specials = [getattr(tokenizer, f"{role}_token_id") for role in SPECIALS[plan.kind]]
+        self._specials = np.array([getattr(tokenizer, f"{role}_token_id") for role in SPECIALS[plan.kind]], dtype=np.int64)
         self._pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+        self.batch(0)  # compiles, where no earlier process has
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Ints]:
-        """That rank's rows of global batch `step`: `input_ids` and `attention_mask` [B, L], `segment` and `group` [B].
+        """That rank's rows of global batch `step`: those of `rows`, and `group` [B].
 
-        segment: the row's number in the plan, the counter of draws; group: which rows share a memory, numbered from 0 on each rank.
+        group: which rows share a memory, numbered from 0 on each rank.
         Raises UserError when a batch has fewer groups, or the plan fewer segments, than there are ranks.
         """
         have = min(self.groups_per_batch, len(self.plan.segments) - 1)
@@ -60,28 +62,79 @@ class Loader:
         return {**self.rows(segment), "group": np.repeat(np.arange(last - first), self.unit)}
 
     def rows(self, segment: Ints) -> dict[str, Ints]:
-        """`input_ids` and `attention_mask` [B, L] of those segments, and `segment` [B] itself; -1 makes an empty row."""
-        plan = self.plan
-        starts = plan.segments[segment]
-        counts = np.where(segment < 0, 0, plan.segments[segment + 1] - starts)
-        ends = np.cumsum(counts)
-        documents, begins, lengths = plan.pieces[np.repeat(starts - ends + counts, counts) + np.arange(counts.sum())].T
-        tokens_until = np.append(0, np.cumsum(lengths))
-        tokens = tokens_until[ends] - tokens_until[ends - counts]  # [B]
+        """`input_ids` and `attention_mask` [B, L] of those segments, and `segment` [B] itself, the counter of draws; -1 makes an empty row.
 
-        lead = 1 if self._specials else 0
-        input_ids = np.full((len(segment), plan.length), self._pad, dtype=np.int64)
-        room = input_ids[:, lead : lead + plan.tokens_per_row]
-        flat = self.store.gather(documents, begins, lengths)
-        if len(flat) == room.size:
-            room[:] = flat.reshape(room.shape)
-        else:
-            room[np.arange(plan.tokens_per_row) < tokens[:, None]] = flat
-        if self._specials:
-            cls, sep = self._specials
-            input_ids[:, 0] = cls
-            input_ids[np.arange(len(segment)), tokens + 1] = sep
-        # One token at least is attended: attention over nothing is not a number.
-        used = np.maximum(tokens + len(self._specials), 1)
-        attention_mask = (np.arange(plan.length) < used[:, None]).astype(np.int64)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "segment": segment}
+        With the document mask also `document_ids` [B, L]: 0 for the tokens of the row's first piece of a document, 1 for those of the
+        next, -1 for padding. [cls] belongs to the first, [sep] to the last.
+        Raises UserError when the plan points beyond the store.
+        """
+        segment = np.ascontiguousarray(segment)
+        names = ["input_ids", "attention_mask", *(["document_ids"] if self.document_mask else [])]
+        plan, store = self.plan, self.store
+        # One block: of several, malloc gives the last back to the system at every batch, and its pages are zeroed anew.
+        rows = dict(zip(names, np.empty((len(names), len(segment), plan.length), dtype=np.int64), strict=True))
+        wrong = _fill(
+            *(segment, plan.segments, plan.pieces, store.lengths, store.addresses, np.empty(0, store.dtype), self._specials, self._pad),
+            *(rows["input_ids"], rows["attention_mask"], rows.get("document_ids")),
+        )
+        if wrong >= 0:
+            raise UserError(f"{plan.directory / 'pieces.npy'}: segment {wrong} is not in the token store; remove its directory and run pack again")
+        return {**rows, "segment": segment}
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _fill(  # type: ignore[no-untyped-def]
+    segment, segments, pieces, lengths, addresses, like, specials, pad, input_ids, attention_mask, document_ids
+):
+    """Writes the rows, each element once. -> what `_check` finds wrong, or -1."""
+    lead = len(specials) // 2
+    wrong = _check(segment, segments, pieces, lengths, addresses, like, input_ids[:, lead : input_ids.shape[1] - lead])
+    if wrong >= 0:
+        return wrong
+    for row in range(len(segment)):
+        first, beyond = (0, 0) if segment[row] < 0 else (segments[segment[row]], segments[segment[row] + 1])
+        end = lead
+        for piece in range(first, beyond):
+            document, start, length = pieces[piece]
+            tokens = tokens_at(addresses[document] + start * like.itemsize, length, like)
+            room = input_ids[row, end : end + length]
+            for i in range(length):
+                room[i] = tokens[i]
+            if document_ids is not None:
+                document_ids[row, end : end + length] = piece - first
+            end += length
+        input_ids[row, end:] = pad
+        if lead:
+            input_ids[row, 0], input_ids[row, end] = specials
+        used = max(end + lead, 1)  # one token at least is attended: attention over nothing is not a number
+        attention_mask[row, :used] = 1
+        attention_mask[row, used:] = 0
+        if document_ids is not None:
+            document_ids[row, :lead] = 0
+            document_ids[row, end:used] = max(beyond - first - 1, 0)
+            document_ids[row, used:] = -1
+    return -1
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _check(segment, segments, pieces, lengths, addresses, like, room):  # type: ignore[no-untyped-def]
+    """-> the first segment that is not in the plan, points beyond the store, or does not fit into `room` [B, tokens per row]; else -1.
+
+    Looks at each piece's first token too (put into the row, to be overwritten): here the cache misses of many rows overlap, where copying
+    would wait for them one by one. That is half of the time.
+    """
+    for row in range(len(segment)):
+        if segment[row] < 0:
+            continue
+        if segment[row] + 1 >= len(segments):
+            return segment[row]
+        first, beyond, left = segments[segment[row]], segments[segment[row] + 1], room.shape[1]
+        if not 0 <= first <= beyond <= len(pieces):
+            return segment[row]
+        for piece in range(first, beyond):
+            document, start, length = pieces[piece]
+            if not (0 <= document < len(lengths) and start >= 0 and 0 < length <= min(lengths[document] - start, left)):
+                return segment[row]
+            room[row, 0] = tokens_at(addresses[document] + start * like.itemsize, length, like)[0]
+            left -= length
+    return -1

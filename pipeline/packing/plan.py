@@ -13,8 +13,10 @@ import numpy as np
 
 from pipeline import artifacts
 from pipeline.errors import UserError
+from pipeline.launch.ranks import Ranks
 from pipeline.packing import groups, order, segments
-from pipeline.packing.segments import Ints
+from pipeline.packing.related import Related, related
+from pipeline.packing.segments import Ints, Segments
 from pipeline.packing.settings import PackSettings
 
 if TYPE_CHECKING:
@@ -107,27 +109,57 @@ class Plan:
                 )
 
 
-def make(directory: str | Path, settings: PackSettings, kind: Kind, store: Store | None, tokenizer: PreTrainedTokenizerBase) -> Plan:
-    """Cut the store into rows, group them, and write the plan into `directory`, plan.json last.
+def make(
+    directory: str | Path,
+    settings: PackSettings,
+    kind: Kind,
+    store: Store | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    ranks: Ranks | None = None,
+    scratch: Path | None = None,
+) -> Plan:
+    """Cut the store into rows, group them, and write the plan into `directory`, plan.json last. Every rank gets it; the first writes.
 
-    store: None for a split without documents, whose plan is empty.
-    Raises UserError when the tokenizer lacks a special token that rows need.
+    store: None for a split without documents, whose plan is empty. seed: of the chain policy's walk.
+    scratch: where the search for neighbours keeps what is finished, by default beside the plan; all ranks must see it.
+    Raises UserError when the tokenizer lacks a special token that rows need, or BM25 gets too little memory.
     """
+    directory, ranks = Path(directory), ranks or Ranks()
     missing = [role for role in SPECIALS[kind] if getattr(tokenizer, f"{role}_token_id") is None]
     if missing:
         raise UserError(f"the tokenizer has no {' and no '.join(missing)} token, which an encoder's rows need; use another tokenizer, or a decoder")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tokens_per_row = settings.length - len(SPECIALS[kind])
-    lengths = np.empty(0, dtype=np.int64) if store is None else store.lengths
-    is_across = settings.segments == "across"
-    cut = segments.across(lengths, tokens_per_row) if is_across else segments.within(lengths, tokens_per_row, settings.min_tokens)
-    count = len(cut.offsets) - 1
-    grouped = groups.singles(count) if settings.groups == "random" else groups.consecutive(cut.documents, settings.group_size)
-    arrays = dict(zip(ARRAYS, (cut.pieces, cut.offsets, grouped), strict=True))
+    cut = _cut(settings, np.empty(0, dtype=np.int64) if store is None else store.lengths, tokens_per_row)
+    if settings.groups == "bm25" and store is not None:
+        found = related(cut, store, tokenizer, settings.group_size, settings.bm25, seed, ranks, scratch or directory / "scratch")
+        if ranks.first:
+            _write(directory, settings, kind, store, tokenizer, cut, found)
+    elif ranks.first:
+        size, count = settings.group_size, len(cut.offsets) - 1
+        grouped = groups.singles(count) if size == 1 else groups.consecutive(cut.documents, size, mix_documents=settings.mix_documents)
+        _write(directory, settings, kind, store, tokenizer, cut, Related(grouped, np.zeros(count, dtype=np.bool_), {}))
+    ranks.barrier()
+    return Plan.open(directory)
+
+
+def _write(
+    directory: Path,
+    settings: PackSettings,
+    kind: Kind,
+    store: Store | None,
+    tokenizer: PreTrainedTokenizerBase,
+    cut: Segments,
+    related: Related,
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = dict(zip(ARRAYS, (cut.pieces, cut.offsets, related.groups), strict=True))
     for name, array in arrays.items():
         np.save(directory / f"{name}.npy", array.astype(np.int64, copy=False), allow_pickle=False)
-    tokens, room = int(cut.pieces[:, 2].sum()), grouped.size * tokens_per_row
+    tokens_until = np.append(0, np.cumsum(cut.pieces[:, 2]))
+    unused = int(np.diff(tokens_until[cut.offsets])[related.removed].sum())
+    tokens, room = int(tokens_until[-1]) - unused, related.groups.size * (settings.length - len(SPECIALS[kind]))
     description = {
         "format": FORMAT,
         "settings": artifacts.results_only(settings),
@@ -137,12 +169,18 @@ def make(directory: str | Path, settings: PackSettings, kind: Kind, store: Store
         "tokenizer": tokenizer_identity(tokenizer),
         "arrays": {name: {"shape": array.shape, "sha256": artifacts.sha256(directory / f"{name}.npy")} for name, array in arrays.items()},
         "tokens": tokens,
-        "dropped_tokens": cut.dropped,
+        "dropped_tokens": cut.dropped + unused,
         "padded_tokens": room - tokens,
         "fill_rate": tokens / room if room else 0.0,
+        **related.found,
     }
     artifacts.write_json(directory / "plan.json", description)
-    return Plan.open(directory)
+
+
+def _cut(settings: PackSettings, lengths: Ints, tokens_per_row: int) -> Segments:
+    if settings.segments == "within":
+        return segments.within(lengths, tokens_per_row, settings.min_tokens)
+    return (segments.best_fit if settings.segments == "best_fit" else segments.across)(lengths, tokens_per_row)
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:

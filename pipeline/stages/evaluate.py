@@ -63,7 +63,7 @@ def _held_out(work: Work, report: reports.Report, device: torch.device) -> dict[
         return None
     tokenizer, store = tokenizers.load(work.input("tokenize") / "tokenizer"), Store.open(work.input("tokenize") / "valid")
     objective = objectives.build(recipe.pretrain.objective, tokenizer, recipe.seed)
-    loader = Loader(plan, store, tokenizer, plan.group_size, recipe.seed)
+    loader = Loader(plan, store, tokenizer, plan.group_size, recipe.seed, document_mask=recipe.pretrain.document_mask)
     found = perplexity.score(model, objective, loader, batch_size=settings.batch_size, max_segments=settings.max_segments, device=device)
     bits = None
     if recipe.pretrain.objective.kind == "decoder":

@@ -12,16 +12,20 @@ from pipeline.workflow import Work
 
 
 def run(work: Work) -> dict[str, Any]:
-    if not work.ranks.first:  # seconds of sorting: not worth dividing
-        return {}
     settings, tokenize = work.recipe.pack, work.input("tokenize")
     assert settings is not None
     tokenizer = tokenizers.load(tokenize / "tokenizer")
-    stores = Store.open(tokenize / "train"), Store.open(tokenize / "valid") if (tokenize / "valid").is_dir() else None
-    train, valid = (
-        plans.make(work.directory / split, settings, work.recipe.model.kind, store, tokenizer)
-        for split, store in zip(("train", "valid"), stores, strict=True)
-    )
+    stores = {"train": Store.open(tokenize / "train"), "valid": Store.open(tokenize / "valid") if (tokenize / "valid").is_dir() else None}
+    made = {
+        split: plans.make(
+            *(work.directory / split, settings, work.recipe.model.kind, store, tokenizer),
+            seed=work.recipe.seed,
+            ranks=work.ranks,
+            scratch=work.scratch / split,
+        )
+        for split, store in stores.items()
+    }
+    train, valid = made["train"], made["valid"]
     if not len(train.groups):
         raise UserError(f"{tokenize / 'train'}: no document gives a segment; lower pack.min_tokens, or give tokenize more text")
     return {
@@ -31,4 +35,5 @@ def run(work: Work) -> dict[str, Any]:
         "dropped_tokens": train.description["dropped_tokens"],
         "fill_rate": round(train.description["fill_rate"], 4),
         "valid_segments": len(valid.segments) - 1,
+        **({"duplicates": train.description["duplicates"]["found"]} if "duplicates" in train.description else {}),
     }

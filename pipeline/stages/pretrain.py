@@ -24,7 +24,8 @@ def run(work: Work) -> dict[str, Any]:
     assert settings is not None
     tokenizer = tokenizers.load(work.input("tokenize") / "tokenizer")
     plan = Plan.open(work.input("pack") / "train")
-    batches = Loader(plan, Store.open(work.input("tokenize") / "train"), tokenizer, settings.batch_size, recipe.seed)
+    store = Store.open(work.input("tokenize") / "train")
+    batches = Loader(plan, store, tokenizer, settings.batch_size, recipe.seed, document_mask=settings.document_mask)
 
     torch.manual_seed(recipe.seed)  # every rank starts from the same weights
     model = starting_model(recipe, tokenizer, plan.length)
@@ -57,5 +58,5 @@ def starting_model(recipe: Recipe, tokenizer: Any, length: int) -> Any:
         return build.new(recipe.model, tokenizer)
     head: build.Head = "mlm" if recipe.pretrain.objective.kind == "encoder" else "causal"
     model = build.load(recipe.model.from_, head=head, trust_remote_code=recipe.model.trust_remote_code)
-    build.check_fits(model, tokenizer, length)
+    build.check_fits(model, tokenizer, length, recipe.pretrain.document_mask)
     return model

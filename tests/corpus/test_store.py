@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import struct
 
 import numpy as np
@@ -76,6 +77,15 @@ def test_gather_equals_reading_each_piece(tmp_path):
     expected = [token for d, s, n in zip(document, start, length, strict=True) for token in documents[d][s : s + n]]
     assert store.gather(document, start, length).tolist() == expected
     assert store.gather([], [], []).tolist() == []
+
+
+def test_a_pickled_store_maps_its_shards_anew(tmp_path):
+    write(tmp_path / "00000")
+    content = pickle.dumps(Store.open(tmp_path))
+    assert pickle.loads(content).gather([3, 0], [0, 1], [3, 2]).tolist() == [65535, 0, 9, 6, 7]
+    (tmp_path / "00000.bin").unlink()
+    with pytest.raises(UserError, match="missing"):
+        pickle.loads(content)
 
 
 def test_positions_beyond_two_gigabytes_are_reached(tmp_path):

@@ -315,3 +315,12 @@ def test_a_loaded_model_must_fit_tokenizer_and_rows(make_config, tokenizer):
         build.check_fits(model, tokenizer, length=17)
     with pytest.raises(UserError, match="knows 24 tokens, the tokenizer makes 25"):
         build.check_fits(TrimlineForMaskedLM(make_config(vocab_size=24)), tokenizer, length=16)
+
+
+def test_a_model_of_another_make_cannot_keep_attention_inside_documents(make_config, tokenizer):
+    build.check_fits(TrimlineForMaskedLM(make_config()), tokenizer, length=16, document_mask=True)
+    shape = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    other = GPT2LMHeadModel(GPT2Config(**shape))
+    build.check_fits(other, tokenizer, length=16)
+    with pytest.raises(UserError, match=r"type 'gpt2' cannot keep attention inside documents.* pretrain\.document_mask: false"):
+        build.check_fits(other, tokenizer, length=16, document_mask=True)

@@ -209,3 +209,46 @@ def test_classification_takes_labels_as_classes_or_as_numbers(make_config, rows)
     number = TrimlineForSequenceClassification(make_config(num_labels=1)).eval()
     output = number(*rows, labels=torch.tensor([0.5, 1.5, -2.0]))
     assert torch.allclose(output.loss, ((output.logits[:, 0] - torch.tensor([0.5, 1.5, -2.0])) ** 2).mean())
+
+
+def packed(*lengths: int, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and document numbers [2, L]: rows of documents of these lengths, no token twice in a row, padded to `length`."""
+    total = sum(lengths)
+    ids = torch.stack([5 + torch.randperm(35)[:total] for _ in range(2)])
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+    padding = (0, (length or total) - total)
+    return nn.functional.pad(ids, padding), nn.functional.pad(documents, padding, value=-1)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_a_document_in_a_packed_row_comes_out_as_alone_in_a_row(make_config, kind):
+    model = TrimlineModel(make_config(kind=kind, norm="pre" if kind == "decoder" else "post")).eval()
+    ids, documents = packed(6, 1, 9)
+    output = model(ids, document_ids=documents).last_hidden_state
+    for first, last in ((0, 6), (6, 7), (7, 16)):
+        alone = model(ids[:, first:last]).last_hidden_state
+        assert torch.allclose(output[:, first:last], alone, atol=1e-5)
+    assert not torch.allclose(output, model(ids).last_hidden_state, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_gradients_do_not_cross_documents(make_config, kind):
+    model = TrimlineModel(make_config(kind=kind))
+    ids, documents = packed(5, 4, 6)
+    model(ids, document_ids=documents).last_hidden_state[:1, 5:9].square().sum().backward()
+    reached = model.embeddings.word.weight.grad.abs().sum(dim=1) > 0
+    assert reached[ids[0, 5:9]].all()
+    assert reached.sum() == 4
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_padding_after_packed_documents_leaks_nowhere_and_stays_finite(make_config, kind):
+    model = TrimlineModel(make_config(kind=kind)).eval()
+    ids, documents = packed(4, 5, length=12)
+    mask = (documents >= 0).long()
+    output = model(ids, document_ids=documents).last_hidden_state
+    assert output.isfinite().all()
+    assert torch.equal(output, model(ids, mask, document_ids=documents).last_hidden_state)
+    assert torch.allclose(output[:, :9], model(ids[:, :9], document_ids=documents[:, :9]).last_hidden_state, atol=1e-5)
+    numbered = documents.masked_fill(documents < 0, 1)  # padding counted to the last document, told by the attention mask alone
+    assert torch.allclose(output[:, :9], model(ids, mask, document_ids=numbered).last_hidden_state[:, :9], atol=1e-5)

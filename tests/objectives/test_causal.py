@@ -42,6 +42,19 @@ def test_the_first_token_predicts_the_second(tokenizer):
     assert torch.allclose(causal(model, causal.prepare(batch, 0), 0)["causal"], expected, atol=1e-5)
 
 
+def test_the_loss_of_a_row_of_documents_is_the_mean_over_their_own_rows_weighted_by_targets(tokenizer):
+    causal, model = objectives.build(CausalSettings(), tokenizer, seed=1), decoder().eval()
+    lengths = [7, 1, 10]
+    alone = [causal.prepare(batch_of([length], length=length), 0) for length in lengths]
+    row = {name: torch.cat([batch[name] for batch in alone], dim=1) for name in ("input_ids", "attention_mask")}
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    packed = {name: torch.nn.functional.pad(ids, (0, 6)) for name, ids in row.items()}
+    packed = causal.prepare({**packed, "document_ids": torch.nn.functional.pad(documents, (0, 6), value=-1)}, 0)
+    assert causal.targets(packed) == {"causal": 6 + 0 + 9}, "a document's first token is predicted from another document"
+    expected = sum(causal(model, batch, 0)["causal"] * causal.targets(batch)["causal"] for batch in alone) / 15
+    assert torch.allclose(causal(model, packed, 0)["causal"], expected, atol=1e-5)
+
+
 def test_a_tiny_decoder_learns_a_toy_language(tokenizer):
     trainee = Trainee(decoder(), objectives.build(CausalSettings(), tokenizer, seed=1))
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=3e-3)

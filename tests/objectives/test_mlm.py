@@ -86,6 +86,20 @@ def test_the_loss_is_the_mean_over_the_targets_it_names(tokenizer):
     assert torch.allclose(mlm(model, whole, 0)["mlm"], parts / mlm.targets(whole)["mlm"], atol=1e-5)
 
 
+def test_documents_of_a_row_are_predicted_apart(tokenizer):
+    torch.manual_seed(0)
+    mlm = Mlm(MlmSettings(mask_rate=0.3), tokenizer, seed=1)
+    shape = {"hidden_size": 16, "head_dim": 8, "heads_per_layer": [2], "ffn_per_layer": [16], "initializer_range": 0.5}
+    model = TrimlineForMaskedLM(TrimlineConfig(vocab_size=200, **shape)).eval()
+    documents = (torch.arange(64) >= 40).long().expand(4, 64)
+    prepared = mlm.prepare({**batch_of([64] * 4), "document_ids": documents}, step=0)
+    parts = [{name: prepared[name][:, at] for name in ("input_ids", "attention_mask", "labels")} for at in (slice(40), slice(40, 64))]
+    total = sum(mlm(model, part, 0)["mlm"] * mlm.targets(part)["mlm"] for part in parts)
+    assert torch.allclose(mlm(model, prepared, 0)["mlm"], total / mlm.targets(prepared)["mlm"], atol=1e-5)
+    del prepared["document_ids"]
+    assert not torch.allclose(mlm(model, prepared, 0)["mlm"], total / mlm.targets(prepared)["mlm"], atol=1e-3)
+
+
 def test_a_tokenizer_without_a_mask_token_is_refused(tokenizer):
     tokenizer.mask_token = None
     with pytest.raises(UserError, match="objective mlm needs a mask token"):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from pipeline.corpus.store import Store, Writer
 from pipeline.errors import UserError
 from pipeline.packing.loader import Loader
 from pipeline.packing.plan import make
@@ -20,9 +23,10 @@ PAIRS = PackSettings(length=10, segments="within", min_tokens=2, groups="consecu
 @pytest.fixture(scope="session")
 def loader(make_store, make_tokenizer, tmp_path_factory):
     @lru_cache
-    def build(settings=ACROSS, batch_size=8, seed=5, kind="encoder", lengths=tuple(LENGTHS)):
+    def build(settings=ACROSS, batch_size=8, seed=5, kind="encoder", lengths=tuple(LENGTHS), **options):
         store = make_store(lengths)
-        return Loader(make(tmp_path_factory.mktemp("plan"), settings, kind, store, make_tokenizer()), store, make_tokenizer(), batch_size, seed)
+        plan = make(tmp_path_factory.mktemp("plan"), settings, kind, store, make_tokenizer())
+        return Loader(plan, store, make_tokenizer(), batch_size, seed, **options)
 
     return build
 
@@ -46,6 +50,55 @@ def test_a_decoders_rows_are_tokens_alone_and_run_over_document_ends(loader):
     assert rows["attention_mask"].tolist() == [[1] * 10, [1] * 5 + [0] * 5, [1] + [0] * 9]
 
 
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("settings", [ACROSS, PAIRS])
+def test_every_row_is_the_stores_tokens_of_its_pieces(loader, settings, kind):
+    whole = loader(settings, kind=kind)
+    plan = whole.plan
+    segments = np.arange(len(plan.segments) - 1)[::-1]
+    rows = whole.rows(segments)
+    for row, segment in enumerate(segments):
+        pieces = plan.pieces[plan.segments[segment] : plan.segments[segment + 1]]
+        tokens = [token for piece in pieces for token in whole.store.read(*piece)]
+        filled = [2, *tokens, 3] if kind == "encoder" else tokens
+        assert rows["input_ids"][row].tolist() == filled + [0] * (10 - len(filled))
+        assert rows["attention_mask"][row].tolist() == [1] * len(filled) + [0] * (10 - len(filled))
+
+
+def test_tokens_beyond_16_bits_arrive(tmp_path, make_tokenizer):
+    with Writer(tmp_path / "00000", np.int32) as writer:
+        writer.add([70000, 2**31 - 1, 5])
+    store = Store.open(tmp_path)
+    plan = make(tmp_path / "plan", ACROSS, "decoder", store, make_tokenizer())
+    assert Loader(plan, store, make_tokenizer(), 1, 0).batch(0)["input_ids"].tolist() == [[70000, 2**31 - 1, 5] + [0] * 7]
+
+
+def test_document_ids_number_the_documents_of_a_row(loader):
+    rows = loader(document_mask=True).rows(np.array([2, 3, -1]))
+    # rows of 8: row 2 ends document 0, row 3 has its last token, the 3 of document 1 (document 2 is empty) and the first 4 of document 3
+    assert rows["document_ids"].tolist() == [[0] * 10, [0, 0, 1, 1, 1, 2, 2, 2, 2, 2], [0, 0] + [-1] * 8]
+    assert rows["document_ids"].dtype == np.int64
+    rows = loader(kind="decoder", document_mask=True).rows(np.array([2, 15, -1]))
+    assert rows["document_ids"].tolist() == [[0] * 5 + [1] * 3 + [2] * 2, [0] * 5 + [-1] * 5, [0] + [-1] * 9]
+
+
+def test_two_pieces_of_one_document_count_as_two(loader, make_tokenizer):
+    plain = loader(PAIRS)
+    pieces, segments = np.array([[3, 0, 2], [3, 20, 3], [0, 1, 1]]), np.array([0, 3])
+    plan = replace(plain.plan, pieces=pieces, segments=segments, groups=np.array([[0, -1]]))
+    rows = Loader(plan, plain.store, make_tokenizer(), 2, 0, document_mask=True).batch(0)
+    assert rows["input_ids"][0].tolist() == [2, 310, 311, 330, 331, 332, 11, 3, 0, 0]
+    assert rows["document_ids"][0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, -1, -1]
+
+
+def test_the_document_mask_changes_nothing_else(loader):
+    plain, masked = loader(PAIRS).batch(3), loader(PAIRS, document_mask=True).batch(3)
+    assert set(masked) - set(plain) == {"document_ids"}
+    assert all((masked[name] == plain[name]).all() for name in plain)
+    assert ((masked["document_ids"] >= 0) == (masked["attention_mask"] == 1)).all()
+
+
+@hypothesis_settings(deadline=None)  # the first call compiles
 @given(step=st.integers(0, 40), world=st.integers(1, 4), settings=st.sampled_from([ACROSS, PAIRS]))
 def test_the_ranks_together_see_the_plans_order_whatever_their_number(loader, step, world, settings):
     whole = loader(settings)
@@ -58,6 +111,7 @@ def test_the_ranks_together_see_the_plans_order_whatever_their_number(loader, st
         assert (np.concatenate([part[key] for part in parts]) == whole.batch(step)[key]).all()
 
 
+@hypothesis_settings(deadline=None)  # the first call compiles
 @given(step=st.integers(0, 20), world=st.integers(1, 4))
 def test_groups_stay_whole_on_one_rank_and_are_numbered_from_0(loader, step, world):
     for rank in range(world):
@@ -80,8 +134,9 @@ def test_any_step_can_be_asked_for_in_any_order(loader, make_store, make_tokeniz
     assert (fresh.batch(7)["input_ids"] == used.batch(7)["input_ids"]).all()
 
 
-def test_the_fingerprint_tells_batch_size_and_seed(loader):
-    assert len({loader().fingerprint, loader(seed=6).fingerprint, loader(batch_size=4).fingerprint, loader(PAIRS).fingerprint}) == 4
+def test_the_fingerprint_tells_plan_batch_size_seed_and_document_mask(loader):
+    loaders = [loader(), loader(seed=6), loader(batch_size=4), loader(PAIRS), loader(document_mask=True)]
+    assert len({each.fingerprint for each in loaders}) == 5
 
 
 def test_more_ranks_than_groups_in_a_batch_are_refused(loader):
@@ -108,3 +163,25 @@ def test_a_batch_of_broken_groups_is_refused(loader):
 def test_a_plan_of_another_tokenizer_is_refused(loader, make_tokenizer):
     with pytest.raises(UserError, match="made with tokenizer"):
         Loader(loader().plan, loader().store, make_tokenizer(sep=9), 8, 5)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"pieces": np.array([[9, 0, 4]])},
+        {"pieces": np.array([[-1, 0, 4]])},
+        {"pieces": np.array([[1, -1, 2]])},
+        {"pieces": np.array([[1, 1, 3]])},
+        {"pieces": np.array([[0, 2**62, 2**62]])},
+        {"pieces": np.array([[0, 0, 9]])},
+        {"segments": np.array([0, 2])},
+        {"segments": np.array([-1, 1])},
+        {"groups": np.array([[1]])},
+    ],
+)
+def test_a_plan_that_points_beyond_the_store_is_refused(loader, make_tokenizer, damage):
+    whole = {"pieces": np.array([[0, 0, 4]]), "segments": np.array([0, 1]), "groups": np.array([[0]])}
+    plan = replace(loader().plan, **whole)
+    assert Loader(plan, loader().store, make_tokenizer(), 1, 0).batch(0)["attention_mask"].sum() == 6
+    with pytest.raises(UserError, match=r"pieces\.npy: segment [01] .* run pack again"):
+        Loader(replace(plan, **damage), loader().store, make_tokenizer(), 1, 0)

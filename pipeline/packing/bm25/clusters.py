@@ -1,0 +1,195 @@
+"""Segments ordered by subject, so that a query need not visit them all: spherical k-means, and which clusters are near a query.
+
+A segment's neighbours lie mostly in a few clusters: a third of 60,000 segments holds 96 in 100 of the 20 nearest. All sums are of
+integers and the sample is fixed, so every rank finds the same clusters whatever its threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.packing.bm25.bags import Bags, in_parts
+from pipeline.packing.bm25.blocks import LARGEST
+from pipeline.packing.bm25.search import Visits
+
+SIZE = 512
+"""Segments of a cluster on average."""
+MOST = 2048
+"""Clusters at most."""
+COMMON = 0.2
+"""Terms in a larger share of the segments say nothing of their subject."""
+TERMS = 2**15
+ROUNDS = 8
+LENGTH = 1024
+"""Euclidean length of a segment's vector, in units."""
+CENTRE = 2**14
+"""The same of a cluster's."""
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """members: for each cluster its segments, rising. centres: int16 [terms, clusters], of terms first, first + 1, ...:
+    the root of the mean square of the members' weights, which says more of the best among them than the mean does."""
+
+    members: list[NDArray[np.int64]]
+    first: int
+    centres: NDArray[np.int16]
+
+    @classmethod
+    def of(cls, bags: Bags, threads: int) -> Clusters:
+        count = len(bags)
+        number = int(np.clip(count // SIZE, 1, MOST))
+        first = int(np.searchsorted(-bags.frequency, -COMMON * count))
+        terms = min(len(bags.idf) - first, TERMS)
+        sample = np.linspace(0, count - 1, min(count, 32 * number + 4096)).astype(np.int64)
+        chosen = np.zeros(len(sample), dtype=np.int64)
+        seeds = np.linspace(0, len(sample) - 1, number).astype(np.int64)
+        chosen[:] = -1
+        chosen[seeds] = np.arange(number)
+        for _ in range(ROUNDS):
+            centres = _centres(bags, sample, chosen, number, first, terms, spread=False)
+            chosen = _nearest(bags, sample, centres, first, threads)
+        centres = _centres(bags, sample, chosen, number, first, terms, spread=False)
+        nearest = _nearest(bags, np.arange(count), centres, first, threads)
+        members = [part for cluster in range(number) for part in _parts(np.flatnonzero(nearest == cluster))]
+        place = np.empty(count, dtype=np.int64)
+        for cluster, segments in enumerate(members):
+            place[segments] = cluster
+        return cls(members, first, _centres(bags, np.arange(count), place, len(members), first, terms, spread=True))
+
+    def visits(self, bags: Bags, queries: NDArray[np.int64], segments: int, threads: int) -> Visits:
+        """Each query visits the clusters nearest to it until they hold at least `segments`."""
+        sizes = np.array([len(part) for part in self.members], dtype=np.int64)
+
+        def part(first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            before = _before(bags, queries[first:last], self.centres, self.first, sizes)
+            cluster, place = np.nonzero(segments > before.T)
+            return cluster, place + first
+
+        parts = in_parts(part, len(queries), threads)
+        cluster, place = (np.concatenate([found[i] for found in parts]) for i in range(2))
+        order = np.argsort(cluster, kind="stable")
+        return place[order].astype(np.int32), np.searchsorted(cluster[order], np.arange(len(sizes) + 1)).astype(np.int64)
+
+    def enough(self, bags: Bags, queries: NDArray[np.int64], neighbours: NDArray[np.int32], recall: float) -> int:
+        """How many segments queries must visit to see that share of their true neighbours, int32 [n, k], -1 where missing."""
+        sizes, place = np.array([len(part) for part in self.members], dtype=np.int64), np.empty(len(bags), dtype=np.int64)
+        for cluster, segments in enumerate(self.members):
+            place[segments] = cluster
+        before = _before(bags, queries, self.centres, self.first, sizes)
+        needed = np.take_along_axis(before, place[neighbours], axis=1)[neighbours >= 0]
+        return int(np.quantile(needed, recall, method="higher")) + 1 if len(needed) else 1
+
+
+def _before(bags: Bags, queries: NDArray[np.int64], centres: NDArray[np.int16], first: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [n, clusters]: the segments that a query sees in nearer clusters before it comes to each."""
+    before = np.empty((len(queries), len(sizes)), dtype=np.int64)
+    _segments_before(bags.offsets, bags.terms, bags.counts, bags.idf, bags.norms, queries, centres, first, sizes, before)
+    return before
+
+
+def _parts(segments: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """A cluster in equal parts no larger than a block; none for an empty one."""
+    return [part for part in np.array_split(segments, max(-(-len(segments) // LARGEST), 1)) if len(part)]
+
+
+def _centres(
+    bags: Bags, segments: NDArray[np.int64], cluster: NDArray[np.int64], number: int, first: int, terms: int, *, spread: bool
+) -> NDArray[np.int16]:
+    """int16 [terms, clusters]: the sum of the vectors of each cluster's segments, brought to length CENTRE; `spread`: the root of their mean square."""
+    sums = np.zeros((terms, number), dtype=np.int64)
+    _sum_vectors(bags.offsets, bags.terms, bags.counts, bags.idf, bags.norms, segments, cluster, first, spread, sums)
+    if spread:
+        mean = sums / np.maximum(np.bincount(cluster, minlength=number), 1)
+        return np.rint(np.sqrt(mean) * (CENTRE / LENGTH)).astype(np.int16)
+    lengths = np.sqrt((sums.astype(np.float64) ** 2).sum(0))
+    return np.rint(sums * (CENTRE / np.maximum(lengths, 1))).astype(np.int16)
+
+
+def _nearest(bags: Bags, segments: NDArray[np.int64], centres: NDArray[np.int16], first: int, threads: int) -> NDArray[np.int64]:
+    nearest = np.empty(len(segments), dtype=np.int64)
+
+    def part(begin: int, end: int) -> None:
+        _assign(bags.offsets, bags.terms, bags.counts, bags.idf, bags.norms, segments[begin:end], centres, first, nearest[begin:end])
+
+    in_parts(part, len(segments), threads)
+    return nearest
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _vector(offsets, terms, counts, idf, norms, segment, first, last, term, weight):  # type: ignore[no-untyped-def]
+    """Fills term and weight with the segment's vector of BM25 weights, of length LENGTH; -> how many."""
+    used = 0
+    square = np.float64(0)
+    norm = norms[segment]
+    for at in range(offsets[segment], offsets[segment + 1]):
+        number = np.int64(terms[at])
+        if number >= first and number < last and used < len(term):
+            tf = np.float32(counts[at])
+            value = np.rint(idf[number] * (tf / (tf + norm)) * np.float32(LENGTH))
+            term[used], weight[used] = number - first, np.int32(value)
+            square += np.float64(value) * np.float64(value)
+            used += 1
+    scale = LENGTH / np.sqrt(max(square, 1.0))
+    for i in range(used):
+        weight[i] = np.int32(np.rint(weight[i] * scale))
+    return used
+
+
+@numba.njit(cache=True, nogil=True)
+def _longest(offsets, segments):  # type: ignore[no-untyped-def]
+    longest = 1
+    for segment in segments:
+        longest = max(longest, offsets[segment + 1] - offsets[segment])
+    return longest
+
+
+@numba.njit(cache=True, nogil=True)
+def _sum_vectors(offsets, terms, counts, idf, norms, segments, cluster, first, squared, sums):  # type: ignore[no-untyped-def]
+    term, weight = np.empty(_longest(offsets, segments), dtype=np.int64), np.empty(_longest(offsets, segments), dtype=np.int32)
+    for i in range(len(segments)):
+        if cluster[i] >= 0:
+            used = _vector(offsets, terms, counts, idf, norms, segments[i], first, first + len(sums), term, weight)
+            for at in range(used):
+                sums[term[at], cluster[i]] += weight[at] * np.int64(weight[at]) if squared else np.int64(weight[at])
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _affinity(term, weight, used, centres, affinity):  # type: ignore[no-untyped-def]
+    affinity[:] = 0
+    for at in range(used):
+        row, times = centres[term[at]], weight[at]
+        for cluster in range(len(affinity)):
+            affinity[cluster] += np.int32(row[cluster]) * times
+
+
+@numba.njit(cache=True, nogil=True)
+def _assign(offsets, terms, counts, idf, norms, segments, centres, first, nearest):  # type: ignore[no-untyped-def]
+    term, weight = np.empty(_longest(offsets, segments), dtype=np.int64), np.empty(_longest(offsets, segments), dtype=np.int32)
+    affinity = np.empty(centres.shape[1], dtype=np.int32)
+    for i in range(len(segments)):
+        used = _vector(offsets, terms, counts, idf, norms, segments[i], first, first + len(centres), term, weight)
+        _affinity(term, weight, used, centres, affinity)
+        nearest[i] = np.argmax(affinity)
+
+
+@numba.njit(cache=True, nogil=True)
+def _segments_before(offsets, terms, counts, idf, norms, queries, centres, first, sizes, before):  # type: ignore[no-untyped-def]
+    term, weight = np.empty(_longest(offsets, queries), dtype=np.int64), np.empty(_longest(offsets, queries), dtype=np.int32)
+    affinity = np.empty(centres.shape[1], dtype=np.int32)
+    keys = np.empty(centres.shape[1], dtype=np.int64)
+    for i in range(len(queries)):
+        used = _vector(offsets, terms, counts, idf, norms, queries[i], first, first + len(centres), term, weight)
+        _affinity(term, weight, used, centres, affinity)
+        for cluster in range(len(keys)):
+            keys[cluster] = np.int64(affinity[cluster]) * np.int64(65536) - cluster
+        keys.sort()
+        seen = np.int64(0)
+        for at in range(len(keys) - 1, -1, -1):
+            cluster = -keys[at] % np.int64(65536)
+            before[i, cluster] = seen
+            seen += sizes[cluster]
