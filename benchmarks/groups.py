@@ -1,10 +1,11 @@
-"""How alike the segments of a group are, by policy: random, consecutive, TRIME's chain, and matching without and with swaps.
+"""How alike the segments of a group are, by policy: random, consecutive, TRIME's chain, matching without and with swaps; by search: exact, capped.
 
     python benchmarks/groups.py --data DIR [--segments 60000] [--length 256] [--size 8]
 
-DIR holds wikipedia/train.jsonl.gz and books/train.jsonl.gz, a {"text": ...} a line. Segments are runs of lower-case words, in chunks of
-100 neighbours that are shuffled; neighbours are exact, k = 20. Columns: mean BM25 over the ordered pairs of a group; the share of tokens
-whose next token occurs in another member ("positives"); the share of pairs from one document; seconds without the neighbours.
+DIR holds wikipedia/train.jsonl.gz and books/train.jsonl.gz, a {"text": ...} a line. Segments are runs of lower-case words, chunks of 100
+neighbours drawn at random, in the order of their documents; k = 20 neighbours, of the same document or not, as groups may have them. Columns:
+mean BM25 over the ordered pairs of a group; the share of tokens whose next token occurs in another member ("positives"); the share of
+pairs from one document; seconds without the neighbours.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import argparse
 import gzip
 import json
 import re
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numba
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.packing import groups
-from pipeline.packing.bm25 import neighbours
+from pipeline.packing.bm25 import nearest
 from pipeline.packing.bm25.bags import Bags
 
 NEIGHBOURS = 20
@@ -90,35 +95,36 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=1, help="of the neighbour search; groups are made by one")
     given = options.parse_args()
     rows, documents = read(given.data, given.segments, given.length)
-    count, size = given.segments, given.size
-    ids, scores = neighbours(rows, NEIGHBOURS, mode="exact", threads=given.threads)
-    bags = Bags.of(rows)
-
+    order = np.argsort(documents, kind="stable")
+    rows, documents = rows[order], documents[order]
+    count, size, bags = given.segments, given.size, Bags.of(rows)
     nobody = np.full((count, 0), -1, dtype=np.int32)  # a walk without neighbours is a random order
-
-    policies = {
-        "random": lambda apart: groups.chain(nobody, size, 1, documents=apart),
-        "consecutive": lambda apart: groups.consecutive(documents, size, mix_documents=True),
-        "chain": lambda apart: groups.chain(ids, size, 1, documents=apart),
-        "matching, no swaps": lambda apart: groups.matching(bags, ids, scores, size, documents=apart, passes=0),
-        "matching": lambda apart: groups.matching(bags, ids, scores, size, documents=apart),
-    }
     few = np.arange(4 * size)
-    for apart in (None, few):  # compile
-        groups.matching(bags, ids[few] % len(few), scores[few], size, documents=apart)
-        groups.chain(ids[few] % len(few), size, 1, documents=apart)
-    print(f"{count:,} segments of {given.length} words, groups of {size}, exact neighbours k={NEIGHBOURS}, one thread\n")
-    print("| policy | one document | similarity | positives | pairs of one document | seconds |\n|---|---|---|---|---|---|")
+    print(f"{count:,} segments of {given.length} words, groups of {size}, k={NEIGHBOURS}, groups made by one thread\n")
+    print("| policy | search | one document | similarity | positives | pairs of one document | seconds |\n|---|---|---|---|---|---|---|")
     vocabulary = int(rows.max()) + 1
-    for name, policy in policies.items():
-        for rule, apart in (("allowed", None), ("excluded", documents)):
+    for rule, apart in (("allowed", None), ("excluded", documents)):
+        found = {mode: nearest(bags, NEIGHBOURS, mode=mode, documents=apart, threads=given.threads) for mode in ("exact", "capped")}  # type: ignore[arg-type]
+        ids, scores = found["exact"]
+        own = None if apart is None else apart[few]
+        groups.matching(bags, ids[few] % len(few), scores[few], size, documents=own)  # compiles
+        groups.chain(ids[few] % len(few), size, 1, documents=own)
+        policies = {
+            ("random", ""): partial(groups.chain, nobody, size, 1, documents=apart),
+            ("consecutive", ""): partial(groups.consecutive, documents, size, mix_documents=True),
+            ("chain", "exact"): partial(groups.chain, ids, size, 1, documents=apart),
+            ("matching, no swaps", "exact"): partial(groups.matching, bags, ids, scores, size, documents=apart, passes=0),
+            ("matching", "exact"): partial(groups.matching, bags, ids, scores, size, documents=apart),
+            ("matching", "capped"): partial(groups.matching, bags, *found["capped"], size, documents=apart),
+        }
+        for (name, search), policy in policies.items():
             if name == "consecutive" and apart is not None:
                 continue
             begun = time.perf_counter()
-            grouped = policy(apart)
+            grouped = policy()
             seconds = time.perf_counter() - begun
             quality = similarity(bags, grouped), positives(rows, grouped, vocabulary), one_document(documents, grouped)
-            print(f"| {name} | {rule} | {quality[0]:.2f} | {quality[1]:.4f} | {quality[2]:.4f} | {seconds:.2f} |", flush=True)
+            print(f"| {name} | {search} | {rule} | {quality[0]:.2f} | {quality[1]:.4f} | {quality[2]:.4f} | {seconds:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def consecutive(documents: Ints, size: int, *, mix_documents: bool = False) -> I
 
 
 def chain(ids: NDArray[np.integer], size: int, seed: int, *, documents: Ints | None = None, apart: Ints | None = None) -> Ints:
-    """TRIME's walk (Zhong et al. 2022, section 4.3), cut into groups: int64 [G, size], the last one short (-1).
+    """TRIME's walk (Zhong et al. 2022), cut into groups: int64 [G, size], the last one short (-1).
 
     From the first segment of a seeded permutation, always to the nearest neighbour not yet visited, or where there is none
     to the next of the permutation. ids: [N, k], neighbours by falling score, -1 where missing.
@@ -60,7 +60,7 @@ def matching(
     *,
     documents: Ints | None = None,
     apart: Ints | None = None,
-    passes: int = 3,
+    passes: int = 2,
 ) -> Ints:
     """Groups with the most BM25 inside: int64 [G, size], every segment in one; the last is short (-1) where `size` does not divide N.
 
@@ -68,7 +68,7 @@ def matching(
     documents: int64 [N]; two segments of one document never share a group, unless a document has more segments than there are full groups.
     apart: int64 [E, 2], near-duplicates: what these pairs connect is kept apart too. `barriers.conflicts` counts what had to meet.
     passes: of swaps over all groups at most; each later one gains less and costs less.
-    A function of its arguments; one thread, about 60 microseconds a segment (8 in a group, 256 words), memory O(N (k + size)).
+    A function of its arguments; one thread, about 0.1 ms a segment (8 in a group, 256 words), memory O(N (k + size)).
     """
     count = len(ids)
     if size == 1 or count <= size:

@@ -32,6 +32,8 @@ LEAST = 1e-4
 TRIES = 64
 """Parts tried for one that has no neighbour left, until it must not share a group with none of them."""
 
+LANES = 8
+
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
@@ -238,7 +240,7 @@ def _refine(offsets, terms, counts, idf, norms, starts, neighbours, excess, last
     total, size = groups.shape
     group_of, place_of = np.full(len(starts) - 1, -1, dtype=np.int64), np.empty(len(starts) - 1, dtype=np.int64)
     slots = np.zeros(len(idf), dtype=np.int32)
-    table = np.zeros(((offsets[1:] - offsets[:-1]).max() * size + 1, 2, (size + 7) // 8 * 8), dtype=np.float32)
+    table = np.zeros(((offsets[1:] - offsets[:-1]).max() * size + 1, 2, -(-size // LANES) * LANES), dtype=np.float32)
     within, across = np.zeros((total, size, size), dtype=np.float32), np.empty((size, size), dtype=np.float32)
     held = np.zeros(len(starts) - 1, dtype=np.float32)
     for g in range(total):
@@ -355,9 +357,9 @@ def _exact(offsets, terms, counts, norms, members, loaded, slots, table, labels,
             if slot:
                 tf = np.float32(counts[at])
                 saturated = tf / (tf + norm)
-                as_query, as_document = table[slot, 0], table[slot, 1]
-                for y in range(len(sums)):
-                    sums[y] += saturated * as_query[y] + tf * as_document[y]
+                for eight in range(0, len(sums), LANES):  # a constant length inside: twice as quick
+                    for y in range(eight, eight + LANES):
+                        sums[y] += saturated * table[slot, 0, y] + tf * table[slot, 1, y]
         for y, j in enumerate(loaded):
             weights[x, y] = 0 if i == j else -FORBIDDEN if forbidden(i, j, labels) else sums[y]
 

@@ -137,6 +137,13 @@ def test_planted_documents_are_found_again(size):
     assert together >= 0.95 * (size - 1)
 
 
+@pytest.mark.parametrize("size", [3, 6, 12])
+def test_repeated_matching_alone_builds_groups_of_any_size_from_halves(size):
+    rows, own = planted(size)
+    grouped = groups.matching(*neighbours(rows, 20), size, passes=0)
+    assert (own[grouped][:, :, None] == own[grouped][:, None, :]).mean() * size - 1 >= 0.7 * (size - 1)
+
+
 def test_matching_has_more_bm25_in_its_groups_than_the_chain_and_swaps_add_to_it():
     rows, _ = planted(5, noise=0.7)
     bags, ids, scores = neighbours(rows, 8)

@@ -136,10 +136,12 @@ def _search(bags: Bags, spans: NDArray[np.int64], k: int, mode: Mode, parts: _Pa
             parts.put(part, ids[here], scores[here])
 
 
-def _visit(search: Search, blocks: _Blocks, visits: Visits | None, threads: int) -> Neighbours:
+def _visit(search: Search, blocks: _Blocks, visits: tuple[Visits, ...] | None, threads: int) -> Neighbours:
     for first, some in blocks.shards():
-        here = None if visits is None else (visits[0], visits[1][first : first + len(some) + 1])
-        search.visit(some, here, threads)
+        for places, starts in visits or ():
+            search.visit(some, (places, starts[first : first + len(some) + 1]), threads)
+        if visits is None:
+            search.visit(some, None, threads)
     return search.finish(threads)
 
 

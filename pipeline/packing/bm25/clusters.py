@@ -61,19 +61,16 @@ class Clusters:
             place[segments] = cluster
         return cls(members, first, _centres(bags, np.arange(count), place, len(members), first, terms, spread=True))
 
-    def visits(self, bags: Bags, queries: NDArray[np.int64], segments: int, threads: int) -> Visits:
-        """Each query visits the clusters nearest to it until they hold at least `segments`."""
+    def visits(self, bags: Bags, queries: NDArray[np.int64], segments: int, threads: int) -> tuple[Visits, Visits]:
+        """Each query visits the clusters nearest to it until they hold at least `segments`: first the nearest, then the others.
+
+        After the first the best scores are known well enough to pass over most of what the others hold.
+        """
         sizes = np.array([len(part) for part in self.members], dtype=np.int64)
-
-        def part(first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-            before = _before(bags, queries[first:last], self.centres, self.first, sizes)
-            cluster, place = np.nonzero(segments > before.T)
-            return cluster, place + first
-
-        parts = in_parts(part, len(queries), threads)
-        cluster, place = (np.concatenate([found[i] for found in parts]) for i in range(2))
-        order = np.argsort(cluster, kind="stable")
-        return place[order].astype(np.int32), np.searchsorted(cluster[order], np.arange(len(sizes) + 1)).astype(np.int64)
+        before = np.concatenate(
+            in_parts(lambda first, last: _before(bags, queries[first:last], self.centres, self.first, sizes), len(queries), threads)
+        )
+        return _by_cluster(before == 0), _by_cluster((before > 0) & (before < segments))
 
     def enough(self, bags: Bags, queries: NDArray[np.int64], neighbours: NDArray[np.int32], recall: float) -> int:
         """How many segments queries must visit to see that share of their true neighbours, int32 [n, k], -1 where missing."""
@@ -83,6 +80,11 @@ class Clusters:
         before = _before(bags, queries, self.centres, self.first, sizes)
         needed = np.take_along_axis(before, place[neighbours], axis=1)[neighbours >= 0]
         return int(np.quantile(needed, recall, method="higher")) + 1 if len(needed) else 1
+
+
+def _by_cluster(visits: NDArray[np.bool_]) -> Visits:
+    cluster, place = np.nonzero(np.ascontiguousarray(visits.T))
+    return place.astype(np.int32), np.searchsorted(cluster, np.arange(visits.shape[1] + 1)).astype(np.int64)
 
 
 def _before(bags: Bags, queries: NDArray[np.int64], centres: NDArray[np.int16], first: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -100,7 +102,7 @@ def _parts(segments: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 def _centres(
     bags: Bags, segments: NDArray[np.int64], cluster: NDArray[np.int64], number: int, first: int, terms: int, *, spread: bool
 ) -> NDArray[np.int16]:
-    """int16 [terms, clusters]: the sum of the vectors of each cluster's segments, brought to length CENTRE; `spread`: the root of their mean square."""
+    """int16 [terms, clusters]: the sum of the vectors of each cluster's segments, brought to length CENTRE, or (`spread`) the root of their mean square."""
     sums = np.zeros((terms, number), dtype=np.int64)
     _sum_vectors(bags.offsets, bags.terms, bags.counts, bags.idf, bags.norms, segments, cluster, first, spread, sums)
     if spread:

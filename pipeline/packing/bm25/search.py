@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from pipeline.packing.bm25.bags import Bags, in_parts, score_one, unweigh, weigh
 from pipeline.packing.bm25.blocks import GROUP, Block, Quantiser, place_of
+from pipeline.packing.bm25.prefetch import prefetch
 
 Visits: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int64]]
 """Which queries visit each block: their places, and int64 [blocks + 1] where a block's begin."""
 
 CELLS = 2**20
 """Sums held at a time by a thread: 4 MiB. More queries at a time read a block less often, but no longer fit the cache."""
+LINE = 16
+"""Postings of a cache line."""
 
 
 class Search:
@@ -55,11 +58,14 @@ class Search:
         torch.set_num_threads(1)  # this thread's products: the threads here are ours
         table, room = np.zeros(len(self.bags.idf), dtype=np.float32), np.empty(CELLS, dtype=np.int32)
         everyone = np.arange(first, last, dtype=np.int32)
-        if visits is None:  # a batch of queries stays in the cache while the blocks go by
-            step = max(CELLS // max((len(block.head) for block in blocks), default=1), 1)
+        if visits is None:  # a batch of queries stays in the cache while the blocks go by, from its own on: there the best neighbours often are
+            begins = np.array([block.members[0] for block in blocks])
+            step = max(CELLS // max(len(block.head) for block in blocks), 1)
             for begin in range(0, len(everyone), step):
-                for block in blocks:
-                    self._batch(block, everyone[begin : begin + step], table, room)
+                batch = everyone[begin : begin + step]
+                own = max(int(np.searchsorted(begins, self.queries[batch[0]], side="right")) - 1, 0)
+                for block in blocks[own:] + blocks[:own]:
+                    self._batch(block, batch, table, room)
             return
         places, starts = visits
         for number, block in enumerate(blocks):
@@ -107,11 +113,16 @@ def _visit(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Adds the tail to `sums` [n, padded block] and keeps what may be among the k best of each query."""
     room = waiting.shape[1]
+    longest = 0
+    for place in places:
+        longest = max(longest, offsets[queries[place] + 1] - tails[place])
+    begins, ends, times = np.empty(longest, dtype=np.int32), np.empty(longest, dtype=np.int32), np.empty(longest, dtype=np.uint32)
     for row in range(len(places)):
         place = places[row]
         query = queries[place]
         cells = sums[row]
-        _add_tail(cells, bits, rank, starts, postings, terms[tails[place] : offsets[query + 1]], counts[tails[place] : offsets[query + 1]], head)
+        first, last = tails[place], offsets[query + 1]
+        _add_tail(cells, bits, rank, starts, postings, terms[first:last], counts[first:last], head, begins, ends, times)
         if spans[place, 0] <= members[-1] and spans[place, 1] > members[0]:
             cells[np.searchsorted(members, spans[place, 0]) : np.searchsorted(members, spans[place, 1])] = 0
         if floor[place] == 1:
@@ -129,15 +140,21 @@ def _visit(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _add_tail(cells, bits, rank, starts, postings, terms, counts, head):  # type: ignore[no-untyped-def]
+def _add_tail(cells, bits, rank, starts, postings, terms, counts, head, begins, ends, times):  # type: ignore[no-untyped-def]
+    """All runs of postings are looked up before the first is added, so that they are on their way from memory together."""
+    runs = 0
     for at in range(len(terms)):
         tail = np.uint64(terms[at]) - np.uint64(head)
         if (bits[tail >> np.uint64(6)] >> (tail & np.uint64(63))) & np.uint64(1):
             place = place_of(bits, rank, tail)
-            run = postings[starts[place] : starts[place + 1]]
-            times = np.uint32(counts[at])
-            for i in range(len(run)):
-                cells[run[i] & np.uint32(0xFFFF)] += (run[i] >> np.uint32(16)) * times
+            begins[runs], ends[runs], times[runs] = starts[place], starts[place + 1], counts[at]
+            prefetch(postings, np.intp(starts[place]))
+            prefetch(postings, np.intp(starts[place]) + LINE)
+            runs += 1
+    for number in range(runs):
+        run, count = postings[begins[number] : ends[number]], times[number]
+        for i in range(len(run)):
+            cells[run[i] & np.uint32(0xFFFF)] += (run[i] >> np.uint32(16)) * count
 
 
 @numba.njit(cache=True, nogil=True)
