@@ -121,6 +121,8 @@ def quality(found: Quality) -> None:
     table.add_row("fill rate", f"{counts['fill_rate']:.1%}")
     for name, count in counts.get("duplicates", {}).items():
         table.add_row(f"near-duplicates {name}", f"{count:,}")
+    if "met_but_should_not" in counts:
+        table.add_row("pairs that had to meet", f"{counts['met_but_should_not']:,}")
     if found.in_group and found.random:
         table.columns[2].justify = "right"
         for name, label, style in MEASURES:

@@ -20,7 +20,7 @@ from pipeline.packing.segments import Ints, Segments
 from pipeline.packing.settings import PackSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
     from pipeline.corpus.store import Store
 
@@ -97,7 +97,7 @@ class Plan:
         """int64 [G]: the permutation of groups of that epoch."""
         return order.permutation(len(self.groups), seed, epoch)
 
-    def check(self, store: Store, tokenizer: PreTrainedTokenizerBase) -> None:
+    def check(self, store: Store, tokenizer: PreTrainedTokenizerFast) -> None:
         """Raises UserError when the plan was made of another token store or with another tokenizer."""
         for what, found in (("tokenizer", tokenizer_identity(tokenizer)), ("store", store.fingerprint())):
             made_with = self.description[what]
@@ -114,7 +114,7 @@ def make(
     settings: PackSettings,
     kind: Kind,
     store: Store | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     *,
     seed: int = 0,
     ranks: Ranks | None = None,
@@ -149,7 +149,7 @@ def _write(
     settings: PackSettings,
     kind: Kind,
     store: Store | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     cut: Segments,
     related: Related,
 ) -> None:
@@ -183,7 +183,7 @@ def _cut(settings: PackSettings, lengths: Ints, tokens_per_row: int) -> Segments
     return (segments.best_fit if settings.segments == "best_fit" else segments.across)(lengths, tokens_per_row)
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of the vocabulary and of the special tokens' roles: what gives a token id its meaning."""
     roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ("pad", "unk", "cls", "sep", "mask", "bos", "eos")}
     return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), roles]).encode()).hexdigest()

@@ -23,6 +23,7 @@ from pipeline.corpus import tokenizer as tokenizers
 from pipeline.corpus.store import Store
 from pipeline.errors import UserError
 from pipeline.packing import terms
+from pipeline.packing.bm25 import bags
 from pipeline.packing.bm25.bags import Bags
 from pipeline.packing.plan import Plan, tokenizer_identity
 from pipeline.packing.segments import Ints
@@ -72,23 +73,11 @@ def same_document(plan: Plan, groups: Ints) -> float | None:
 
 def document_frequency(rows: Rows) -> Ints:
     """int64 [V]: how many rows have each term."""
-    frequency = np.zeros(int(rows.terms.max(initial=-1)) + 1, dtype=np.int64)
-    _document_frequency(rows.terms, rows.offsets, frequency)
-    return frequency
+    return bags.document_frequency(rows.terms, rows.offsets, int(rows.terms.max(initial=-1)) + 1)
 
 
 def _documents(plan: Plan, segment: int) -> set[int]:
     return set(plan.pieces[plan.segments[segment] : plan.segments[segment + 1], 0].tolist())
-
-
-@numba.njit(cache=True, nogil=True)
-def _document_frequency(tokens, offsets, frequency):  # type: ignore[no-untyped-def]
-    last = np.full(len(frequency), -1, dtype=np.int64)
-    for row in range(len(offsets) - 1):
-        for token in tokens[offsets[row] : offsets[row + 1]]:
-            if last[token] != row:
-                last[token] = row
-                frequency[token] += 1
 
 
 @numba.njit(cache=True, nogil=True)
@@ -187,7 +176,7 @@ def measure(plan: Plan, store: Store, tokenizer: PreTrainedTokenizerFast, *, sam
     groups = plan.groups[numbers]
     shuffled = np.full_like(groups, -1)
     shuffled[groups >= 0] = order[: (groups >= 0).sum()]
-    described = ("tokens", "dropped_tokens", "padded_tokens", "fill_rate", "duplicates")
+    described = ("tokens", "dropped_tokens", "padded_tokens", "fill_rate", "duplicates", "met_but_should_not")
     counts = {
         "segments": len(plan.segments) - 1,
         "groups": len(plan.groups),

@@ -19,7 +19,7 @@ from pipeline.packing.segments import Ints, Segments
 from pipeline.packing.settings import BM25Settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
     from pipeline.corpus.store import Store
 
@@ -34,7 +34,7 @@ class Related:
 
 
 def related(
-    cut: Segments, store: Store, tokenizer: PreTrainedTokenizerBase, size: int, settings: BM25Settings, seed: int, ranks: Ranks, scratch: Path
+    cut: Segments, store: Store, tokenizer: PreTrainedTokenizerFast, size: int, settings: BM25Settings, seed: int, ranks: Ranks, scratch: Path
 ) -> Related:
     """Groups of `size` from all ranks' work; on ranks but the first there are none.
 

@@ -120,7 +120,7 @@ def _search(bags: Bags, spans: NDArray[np.int64], k: int, mode: Mode, parts: _Pa
         raise UserError(f"bm25: {len(bags):,} segments need at least {needed:.2f} GiB, memory is {memory} GiB; raise memory")
     clusters = Clusters.of(bags, threads) if mode != "exact" and len(bags) > 2 * LARGEST else None
     members = clusters.members if clusters else [np.arange(first, min(first + LARGEST, len(bags))) for first in range(0, len(bags), LARGEST)]
-    blocks = _Blocks(bags, quantiser, members, room)
+    blocks = _Blocks(bags, quantiser, members, room - (3 * clusters.centres.nbytes if clusters else 0))
     segments = CAP
     if clusters and mode == "pruned":
         sample = np.linspace(0, len(bags) - 1, SAMPLE).astype(np.int64)
@@ -193,7 +193,7 @@ class _Parts:
             self.directory.mkdir(parents=True, exist_ok=True)
             digest = hashlib.sha256(f"1 {self.k} {self.mode} {RECALL} {CAP}".encode())
             for array in (self.bags.offsets, self.bags.terms, self.bags.counts, self.bags.idf, self.bags.norms, self.spans):
-                digest.update(array)
+                digest.update(array.data)
             self._name = f"neighbours-{digest.hexdigest()[:12]}"
 
     def __len__(self) -> int:

@@ -133,8 +133,7 @@ def _renumbered(tokens: NDArray[np.int32], offsets: NDArray[np.int64], max_frequ
     if vocabulary > max(2 * len(tokens), 1 << 20):
         tokens = np.unique(tokens, return_inverse=True)[1].astype(np.int32)
         vocabulary = int(tokens.max()) + 1
-    frequency = np.zeros(vocabulary, dtype=np.int64)
-    _document_frequency(tokens, offsets, frequency)
+    frequency = document_frequency(tokens, offsets, vocabulary)
     kept = (frequency >= 2) & (frequency <= max_frequency * (len(offsets) - 1))
     order = np.argsort(-frequency, kind="stable")
     order = order[kept[order]]
@@ -144,14 +143,15 @@ def _renumbered(tokens: NDArray[np.int32], offsets: NDArray[np.int64], max_frequ
 
 
 @numba.njit(cache=True, nogil=True)
-def _document_frequency(tokens, offsets, frequency):  # type: ignore[no-untyped-def]
-    last = np.full(len(frequency), -1, dtype=np.int64)
+def document_frequency(tokens, offsets, vocabulary):  # type: ignore[no-untyped-def]
+    """int64 [vocabulary]: how many rows have each term; rows end to end, int64 [N + 1] offsets."""
+    frequency, last = np.zeros(vocabulary, dtype=np.int64), np.full(vocabulary, -1, dtype=np.int64)
     for row in range(len(offsets) - 1):
-        for at in range(offsets[row], offsets[row + 1]):
-            token = tokens[at]
+        for token in tokens[offsets[row] : offsets[row + 1]]:
             if last[token] != row:
                 last[token] = row
                 frequency[token] += 1
+    return frequency
 
 
 @numba.njit(cache=True, nogil=True)

@@ -49,8 +49,8 @@ class Quantiser:
         head = min(int(np.searchsorted(-bags.frequency, -HEAD * len(bags), side="right")), HEAD_LIMIT)
         # Finer units leave less to score again, but let fewer repetitions of a term fit 8 bits in a query.
         levels = int(np.clip(2048 * len(bags) / max(bags.counts.sum(dtype=np.int64), 1), 1, 8))
-        highest = np.add.reduceat(bags.counts * bags.idf[bags.terms], bags.offsets[:-1][np.diff(bags.offsets) > 0]).max(initial=0.0)
-        unit = max(float(bags.idf[:head].max(initial=0.0)) / (127 * levels), float(bags.idf.max(initial=1.0)) / 2**14, float(highest) / 2**29)
+        highest = _highest(bags.offsets, bags.terms, bags.counts, bags.idf)
+        unit = max(float(bags.idf[:head].max(initial=0.0)) / (127 * levels), float(bags.idf.max(initial=1.0)) / 2**14, highest / 2**29)
         factor = np.ceil(bags.idf[:head] / np.float32(127 * unit)).clip(1).astype(np.uint8)
         step = np.ones(len(bags.idf), dtype=np.float32)
         step[:head] = factor
@@ -111,6 +111,18 @@ class Block:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in (self.members, self.head, self.bits, self.rank, self.starts, self.postings))
+
+
+@numba.njit(cache=True, nogil=True)
+def _highest(offsets, terms, counts, idf):  # type: ignore[no-untyped-def]
+    """More than any score: a query's weights, were each document's 1."""
+    highest = 0.0
+    for segment in range(len(offsets) - 1):
+        total = 0.0
+        for at in range(offsets[segment], offsets[segment + 1]):
+            total += counts[at] * idf[terms[at]]
+        highest = max(highest, total)
+    return highest
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

@@ -7,6 +7,7 @@ integers and the sample is fixed, so every rank finds the same clusters whatever
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numba
 import numpy as np
@@ -18,22 +19,28 @@ from pipeline.packing.bm25.search import Visits
 
 SIZE = 512
 """Segments of a cluster on average."""
-MOST = 2048
+MOST = 1024
 """Clusters at most."""
+SAMPLE = 32
+"""Segments for each cluster that the k-means sees."""
 COMMON = 0.2
 """Terms in a larger share of the segments say nothing of their subject."""
 TERMS = 2**15
 ROUNDS = 8
-LENGTH = 1024
+LENGTH = 512
 """Euclidean length of a segment's vector, in units."""
 CENTRE = 2**14
 """The same of a cluster's."""
 
 
+Pairs: TypeAlias = NDArray[np.int32]
+
+
 @dataclass(frozen=True)
 class Clusters:
     """members: for each cluster its segments, rising. centres: int16 [terms, clusters], of terms first, first + 1, ...:
-    the root of the mean square of the members' weights, which says more of the best among them than the mean does."""
+    the root of the mean square of the members' weights, which says more of the best among them than the mean does.
+    """
 
     members: list[NDArray[np.int64]]
     first: int
@@ -45,16 +52,12 @@ class Clusters:
         number = int(np.clip(count // SIZE, 1, MOST))
         first = int(np.searchsorted(-bags.frequency, -COMMON * count))
         terms = min(len(bags.idf) - first, TERMS)
-        sample = np.linspace(0, count - 1, min(count, 32 * number + 4096)).astype(np.int64)
-        chosen = np.zeros(len(sample), dtype=np.int64)
-        seeds = np.linspace(0, len(sample) - 1, number).astype(np.int64)
-        chosen[:] = -1
-        chosen[seeds] = np.arange(number)
+        sample = np.linspace(0, count - 1, min(count, SAMPLE * number + 4096)).astype(np.int64)
+        chosen = np.full(len(sample), -1, dtype=np.int64)
+        chosen[np.linspace(0, len(sample) - 1, number).astype(np.int64)] = np.arange(number)
         for _ in range(ROUNDS):
-            centres = _centres(bags, sample, chosen, number, first, terms, spread=False)
-            chosen = _nearest(bags, sample, centres, first, threads)
-        centres = _centres(bags, sample, chosen, number, first, terms, spread=False)
-        nearest = _nearest(bags, np.arange(count), centres, first, threads)
+            chosen = _nearest(bags, sample, _centres(bags, sample, chosen, number, first, terms, spread=False), first, threads)
+        nearest = _nearest(bags, np.arange(count), _centres(bags, sample, chosen, number, first, terms, spread=False), first, threads)
         members = [part for cluster in range(number) for part in _parts(np.flatnonzero(nearest == cluster))]
         place = np.empty(count, dtype=np.int64)
         for cluster, segments in enumerate(members):
@@ -66,32 +69,41 @@ class Clusters:
 
         After the first the best scores are known well enough to pass over most of what the others hold.
         """
-        sizes = np.array([len(part) for part in self.members], dtype=np.int64)
-        before = np.concatenate(
-            in_parts(lambda first, last: _before(bags, queries[first:last], self.centres, self.first, sizes), len(queries), threads)
-        )
-        return _by_cluster(before == 0), _by_cluster((before > 0) & (before < segments))
+        parts = in_parts(lambda first, last: self._visits(bags, queries[first:last], first, segments), len(queries), threads)
+        return _by_cluster([near for near, _ in parts], len(self.members)), _by_cluster([others for _, others in parts], len(self.members))
+
+    def _visits(self, bags: Bags, queries: NDArray[np.int64], first: int, segments: int) -> tuple[Pairs, Pairs]:
+        """(query's place from `first` on, cluster) of the nearest cluster of each, and of the others to visit."""
+        near: list[Pairs] = []
+        others: list[Pairs] = []
+        for begin in range(0, len(queries), 256):
+            before = self._before(bags, queries[begin : begin + 256])
+            for pairs, chosen in ((near, before == 0), (others, (before > 0) & (before < segments))):
+                place, cluster = np.nonzero(chosen)
+                pairs.append(np.stack([place + first + begin, cluster], axis=1).astype(np.int32))
+        nothing = np.empty((0, 2), dtype=np.int32)
+        return np.concatenate([nothing, *near]), np.concatenate([nothing, *others])
 
     def enough(self, bags: Bags, queries: NDArray[np.int64], neighbours: NDArray[np.int32], recall: float) -> int:
         """How many segments queries must visit to see that share of their true neighbours, int32 [n, k], -1 where missing."""
-        sizes, place = np.array([len(part) for part in self.members], dtype=np.int64), np.empty(len(bags), dtype=np.int64)
+        place = np.empty(len(bags), dtype=np.int64)
         for cluster, segments in enumerate(self.members):
             place[segments] = cluster
-        before = _before(bags, queries, self.centres, self.first, sizes)
-        needed = np.take_along_axis(before, place[neighbours], axis=1)[neighbours >= 0]
+        needed = np.take_along_axis(self._before(bags, queries), place[neighbours], axis=1)[neighbours >= 0]
         return int(np.quantile(needed, recall, method="higher")) + 1 if len(needed) else 1
 
+    def _before(self, bags: Bags, queries: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [n, clusters]: the segments that a query sees in nearer clusters before it comes to each."""
+        sizes = np.array([len(part) for part in self.members], dtype=np.int64)
+        before = np.empty((len(queries), len(sizes)), dtype=np.int64)
+        _segments_before(bags.offsets, bags.terms, bags.counts, bags.idf, bags.norms, queries, self.centres, self.first, sizes, before)
+        return before
 
-def _by_cluster(visits: NDArray[np.bool_]) -> Visits:
-    cluster, place = np.nonzero(np.ascontiguousarray(visits.T))
-    return place.astype(np.int32), np.searchsorted(cluster, np.arange(visits.shape[1] + 1)).astype(np.int64)
 
-
-def _before(bags: Bags, queries: NDArray[np.int64], centres: NDArray[np.int16], first: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 [n, clusters]: the segments that a query sees in nearer clusters before it comes to each."""
-    before = np.empty((len(queries), len(sizes)), dtype=np.int64)
-    _segments_before(bags.offsets, bags.terms, bags.counts, bags.idf, bags.norms, queries, centres, first, sizes, before)
-    return before
+def _by_cluster(parts: list[Pairs], clusters: int) -> Visits:
+    places, cluster = np.concatenate(parts).T
+    order = np.argsort(cluster, kind="stable")  # within a cluster queries stay in order
+    return np.ascontiguousarray(places[order]), np.searchsorted(cluster[order], np.arange(clusters + 1)).astype(np.int64)
 
 
 def _parts(segments: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -102,14 +114,18 @@ def _parts(segments: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 def _centres(
     bags: Bags, segments: NDArray[np.int64], cluster: NDArray[np.int64], number: int, first: int, terms: int, *, spread: bool
 ) -> NDArray[np.int16]:
-    """int16 [terms, clusters]: the sum of the vectors of each cluster's segments, brought to length CENTRE, or (`spread`) the root of their mean square."""
-    sums = np.zeros((terms, number), dtype=np.int64)
+    """int16 [terms, clusters]: the sum of the vectors of each cluster's segments at length CENTRE; `spread`: the root of their mean square."""
+    sums = np.zeros((terms, number), dtype=np.int32)  # of squares: 4096 segments times 2^18 at most
     _sum_vectors(bags.offsets, bags.terms, bags.counts, bags.idf, bags.norms, segments, cluster, first, spread, sums)
-    if spread:
-        mean = sums / np.maximum(np.bincount(cluster, minlength=number), 1)
-        return np.rint(np.sqrt(mean) * (CENTRE / LENGTH)).astype(np.int16)
-    lengths = np.sqrt((sums.astype(np.float64) ** 2).sum(0))
-    return np.rint(sums * (CENTRE / np.maximum(lengths, 1))).astype(np.int16)
+    centres, sizes = np.empty((terms, number), dtype=np.int16), np.maximum(np.bincount(cluster[cluster >= 0], minlength=number), 1)
+    for begin in range(0, number, 64):  # a few at a time: float64 takes four times the room
+        here = sums[:, begin : begin + 64].astype(np.float64)
+        if spread:
+            here = np.sqrt(here / sizes[begin : begin + 64]) * (CENTRE / LENGTH)
+        else:
+            here *= CENTRE / np.maximum(np.sqrt((here**2).sum(0)), 1)
+        centres[:, begin : begin + 64] = np.rint(here)
+    return centres
 
 
 def _nearest(bags: Bags, segments: NDArray[np.int64], centres: NDArray[np.int16], first: int, threads: int) -> NDArray[np.int64]:
@@ -157,7 +173,7 @@ def _sum_vectors(offsets, terms, counts, idf, norms, segments, cluster, first, s
         if cluster[i] >= 0:
             used = _vector(offsets, terms, counts, idf, norms, segments[i], first, first + len(sums), term, weight)
             for at in range(used):
-                sums[term[at], cluster[i]] += weight[at] * np.int64(weight[at]) if squared else np.int64(weight[at])
+                sums[term[at], cluster[i]] += weight[at] * weight[at] if squared else weight[at]
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 
 @intrinsic
-def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
+def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
     """Bring array[index] to the caches, for reading. It need not exist."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -24,3 +24,7 @@ def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
+
+
+prefetch: Any = _prefetch
+"""As numba sees it: prefetch(array, index)."""

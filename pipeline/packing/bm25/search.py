@@ -80,7 +80,8 @@ class Search:
         sums = room[: len(places) * len(block.head)].reshape(len(places), -1)
         product(self.weights[places], block.head, sums)
         _visit(
-            sums, block.members, block.bits, block.rank, block.starts, block.postings, places, self.queries, self.spans, self.tails, self.quantiser.head,
+            sums, block.members, block.bits, block.rank, block.starts, block.postings,
+            places, self.queries, self.spans, self.tails, self.quantiser.head,
             bags.offsets, bags.terms, bags.counts, bags.idf, bags.norms, np.float32(self.quantiser.unit),
             self.slack, self._waiting, self._count, self._floor, self.ids, self.scores, table,
         )  # fmt: skip
@@ -103,7 +104,11 @@ def product(queries: NDArray[np.int8], head: NDArray[np.int8], out: NDArray[np.i
     """out [n, segments]: int8 [n, H] times int8 [segments, H] transposed, exactly."""
     import torch
 
-    torch._int_mm(torch.from_numpy(queries), torch.from_numpy(head).T, out=torch.from_numpy(out))
+    left, right = torch.from_numpy(queries), torch.from_numpy(head).T
+    if torch.backends.mkldnn.is_available():
+        torch._int_mm(left, right, out=torch.from_numpy(out))
+    else:  # no 8-bit product worth its name; in float32 these sums, below 2^24, are exact too
+        out[:] = (left.float() @ right.float()).numpy()
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
