@@ -15,7 +15,7 @@ from pipeline.packing.plan import SPECIALS, Plan
 from pipeline.packing.segments import Ints
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 
 class Loader:
@@ -30,7 +30,7 @@ class Loader:
     Raises UserError when the plan is empty, damaged or made with another store or tokenizer, or the batch is not whole groups.
     """
 
-    def __init__(self, plan: Plan, store: Store, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int, document_mask: bool = False):
+    def __init__(self, plan: Plan, store: Store, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int, document_mask: bool = False):
         plan.check(store, tokenizer)
         if len(plan.groups) == 0:
             raise UserError(f"{plan.directory}: the plan has no segments; give tokenize more text, or lower pack.min_tokens")

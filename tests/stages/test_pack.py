@@ -18,7 +18,7 @@ LENGTHS = {"train": [40, 12, 3, 29], "valid": [25]}
 
 @pytest.fixture
 def make_work(tmp_path, finetuned):
-    def make(lengths=LENGTHS, rank=0, **settings):
+    def make(lengths=LENGTHS, **settings):
         for split, counts in lengths.items():
             (tmp_path / "tokenize" / split).mkdir(parents=True)
             with Writer(tmp_path / "tokenize" / split / "00000", np.uint16) as writer:
@@ -28,7 +28,7 @@ def make_work(tmp_path, finetuned):
         (tmp_path / "work").mkdir()
         recipe = Recipe.model_validate({"name": "toy", "tokenize": {}, "pack": {"length": 12, **settings}})
         inputs = {"tokenize": Artifact(tmp_path / "tokenize", {})}
-        return Work("pack", recipe, inputs, tmp_path / "work", tmp_path / "logs", Ranks(rank, 2, "mpi"))
+        return Work("pack", recipe, inputs, tmp_path / "work", tmp_path / "logs", Ranks())
 
     return make
 
@@ -51,10 +51,12 @@ def test_nothing_held_out_makes_an_empty_plan(make_work):
     assert Plan.open(work.directory / "valid").groups.shape == (0, 1)
 
 
-def test_only_the_first_rank_works(make_work):
-    work = make_work(rank=1)
-    assert pack.run(work) == {}
-    assert list(work.directory.iterdir()) == []
+def test_groups_by_retrieval_say_how_many_near_duplicates_there_were(make_work):
+    work = make_work({"train": [40, 40, 31, 29], "valid": [25]}, segments="within", groups="bm25", group_size=2)
+    metrics = pack.run(work)
+    assert metrics["duplicates"] > 0  # the documents repeat ten words
+    assert metrics["dropped_tokens"] > 0
+    assert (work.scratch / "train").is_dir()  # removed by the workflow, once it is published
 
 
 def test_text_too_short_for_a_segment_is_refused(make_work):
