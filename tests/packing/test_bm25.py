@@ -125,7 +125,7 @@ def test_threads_and_memory_change_nothing(mode, monkeypatch):
 
 
 def test_pruned_finds_95_in_100_and_visits_fewer(monkeypatch):
-    monkeypatch.setattr(bm25, "LARGEST", 512)
+    monkeypatch.setattr(bm25, "CAP", 2000)
     rows = zipf(6000, 60, topics=30)
     visited = []
     visits = bm25.Clusters.visits

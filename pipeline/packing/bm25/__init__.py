@@ -55,7 +55,7 @@ def neighbours(
 
     rows: integers [N, L], or N arrays of integers. A number is a term; below 0, padding.
     mode: exact; pruned: visits only the nearest clusters of segments, as many as find 95 in 100 of the neighbours or more; capped: visits
-        the nearest 16,384 segments only, so that the time grows little more than linearly.
+        the nearest 16,384 segments only, so that the time grows little more than linearly. Up to 32,768 segments all three are exact.
     max_frequency: terms that a larger share of the segments have are ignored. Below 1 other neighbours are found.
     documents: [N], rising: the document of each segment. Segments of one document are then not neighbours of one another.
     memory: GiB that the search may hold besides `rows`; less memory costs time.
@@ -118,7 +118,7 @@ def _search(bags: Bags, spans: NDArray[np.int64], k: int, mode: Mode, parts: _Pa
     if room < 16 * 2**20:
         needed = (int(memory * GIB) - room + 64 * 2**20) / GIB
         raise UserError(f"bm25: {len(bags):,} segments need at least {needed:.2f} GiB, memory is {memory} GiB; raise memory")
-    clusters = Clusters.of(bags, threads) if mode != "exact" and len(bags) > 2 * LARGEST else None
+    clusters = Clusters.of(bags, threads) if mode != "exact" and len(bags) > 2 * CAP else None  # of fewer, to see all is quicker
     members = clusters.members if clusters else [np.arange(first, min(first + LARGEST, len(bags))) for first in range(0, len(bags), LARGEST)]
     blocks = _Blocks(bags, quantiser, members, room - (3 * clusters.centres.nbytes if clusters else 0))
     segments = CAP
