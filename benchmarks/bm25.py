@@ -15,6 +15,8 @@ The exponent is that of the whole time, index and search, from the smaller numbe
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -159,15 +161,22 @@ def measure(name: str, file: Path, out: Path) -> None:
     cap, bm25.CAP = bm25.CAP, 512
     warm(np.arange(50))
     bm25.CAP = cap
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
     begun = time.process_time()
     search, kept = engine(rows)
     indexed = time.process_time()
     ids, scores = search(queries)
     done = time.process_time()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    np.savez(out, ids=ids, scores=scores, queries=queries, index=indexed - begun, search=done - indexed, peak=max(peak, 0) / 1024)
+    np.savez(out, ids=ids, scores=scores, queries=queries, index=indexed - begun, search=done - indexed, peak=memory("VmHWM") - before)
     del kept
+
+
+def memory(name: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM at most since the peak was reset."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) / 1024
 
 
 def run(name: str, file: Path, out: Path) -> dict[str, np.ndarray]:

@@ -16,9 +16,9 @@ TRIES = 64
 """Segments tried, where the walk has to jump, until its group takes the next."""
 
 
-def singles(count: int) -> Ints:
-    """Groups of one: int64 [count, 1]."""
-    return np.arange(count, dtype=np.int64)[:, None]
+def random(count: int, size: int, seed: int) -> Ints:
+    """Any segments together: int64 [G, size], the last short (-1); groups of one are in order, since epochs shuffle groups."""
+    return _cut(np.arange(count, dtype=np.int64) if size == 1 else permutation(count, seed, 0), size)
 
 
 def consecutive(documents: Ints, size: int, *, mix_documents: bool = False) -> Ints:

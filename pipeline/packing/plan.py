@@ -122,7 +122,7 @@ def make(
 ) -> Plan:
     """Cut the store into rows, group them, and write the plan into `directory`, plan.json last. Every rank gets it; the first writes.
 
-    store: None for a split without documents, whose plan is empty. seed: of the chain policy's walk.
+    store: None for a split without documents, whose plan is empty. seed: of random groups, and of the chain policy's walk.
     scratch: where the search for neighbours keeps what is finished, by default beside the plan; all ranks must see it.
     Raises UserError when the tokenizer lacks a special token that rows need, or BM25 gets too little memory.
     """
@@ -138,7 +138,10 @@ def make(
             _write(directory, settings, kind, store, tokenizer, cut, found)
     elif ranks.first:
         size, count = settings.group_size, len(cut.offsets) - 1
-        grouped = groups.singles(count) if size == 1 else groups.consecutive(cut.documents, size, mix_documents=settings.mix_documents)
+        if settings.groups == "consecutive":
+            grouped = groups.consecutive(cut.documents, size, mix_documents=settings.mix_documents)
+        else:
+            grouped = groups.random(count, size, seed)
         _write(directory, settings, kind, store, tokenizer, cut, Related(grouped, np.zeros(count, dtype=np.bool_), {}))
     ranks.barrier()
     return Plan.open(directory)

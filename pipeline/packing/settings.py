@@ -43,7 +43,7 @@ class PackSettings(Settings):
     min_tokens: int = setting(8, "Shorter document tails are dropped (segments: within).", unit="tokens", ge=1)
     groups: Literal["random", "consecutive", "bm25"] = setting(
         "random",
-        "Which segments share a memory: random (groups of one), consecutive neighbours of one document, or bm25: segments that retrieve one another.",
+        "Which segments share a memory: random ones, consecutive neighbours of one document, or bm25: segments that retrieve one another.",
     )
     group_size: int = setting(1, "Segments in a group.", unit="segments", ge=1)
     mix_documents: bool = setting(False, "Let a consecutive group run on into the next document.")
@@ -52,8 +52,6 @@ class PackSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> PackSettings:
-        if self.groups == "random" and self.group_size != 1:
-            raise ValueError("groups: random means groups of one segment; set group_size: 1 or another kind of groups")
         if self.groups != "random" and self.group_size < 2:
             raise ValueError(f"groups: {self.groups} needs group_size of 2 or more")
         if self.groups == "consecutive" and self.segments != "within" and not self.mix_documents:

@@ -66,8 +66,13 @@ def test_consecutive_groups_are_neighbours_of_one_document_in_order(counts, size
     assert len(found) == sum(-(-count // size) for count in counts)
 
 
-def test_singles_are_groups_of_one():
-    assert groups.singles(3).tolist() == [[0], [1], [2]]
+def test_random_groups_hold_every_segment_once_and_follow_the_seed():
+    assert groups.random(3, 1, 5).tolist() == [[0], [1], [2]]
+    found = groups.random(10, 4, 5)
+    assert found[2, 2:].tolist() == [-1, -1]
+    assert sorted(found.reshape(-1)[:10]) == list(range(10))
+    assert found.tolist() == groups.random(10, 4, 5).tolist() != groups.random(10, 4, 6).tolist()
+    assert groups.random(0, 4, 5).shape == (0, 4)
 
 
 problems = st.tuples(st.integers(0, 60), st.integers(1, 9), st.integers(0, 5), st.integers(0, 2**31).map(np.random.default_rng))
