@@ -61,16 +61,18 @@ class Bags:
         cls, tokens: NDArray[np.int32], offsets: NDArray[np.int64], *, k1: float = 0.9, b: float = 0.4, max_frequency: float = 1.0, threads: int = 1
     ) -> Bags:
         """The same of rows end to end: tokens int32 [T], none negative; offsets int64 [N + 1]."""
-        tokens, frequency = _renumbered(tokens, offsets, max_frequency)
+        if len(tokens) and int(tokens.max()) > max(2 * len(tokens), 1 << 20):
+            tokens = np.unique(tokens, return_inverse=True)[1].astype(np.int32)
+        number, frequency = _numbers(tokens, offsets, max_frequency)
         lengths = np.diff(offsets)
-        count, terms = len(lengths), len(frequency)
+        count = len(lengths)
         distinct = np.zeros(count + 1, dtype=np.int64)
-        most = in_parts(lambda first, last: _count_distinct(tokens, offsets, terms, distinct[1:], first, last), count, threads)
+        most = in_parts(lambda first, last: _count_distinct(tokens, offsets, number, distinct[1:], first, last), count, threads)
         if max(most, default=0) > LARGEST_COUNT:
             raise UserError(f"bm25: a row has one term {max(most):,} times, at most {LARGEST_COUNT:,} are counted; cut the rows shorter")
         np.cumsum(distinct, out=distinct)
         bag_terms, bag_counts = np.empty(distinct[-1], dtype=np.uint32), np.empty(distinct[-1], dtype=np.uint16)
-        in_parts(lambda first, last: _fill(tokens, offsets, terms, distinct, bag_terms, bag_counts, first, last), count, threads)
+        in_parts(lambda first, last: _fill(tokens, offsets, number, distinct, bag_terms, bag_counts, first, last), count, threads)
         idf = np.log1p((count - frequency + 0.5) / (frequency + 0.5)).astype(np.float32)
         mean = lengths.mean() if count and lengths.any() else 1.0
         norms = (k1 * (1 - b + b * lengths / mean)).astype(np.float32)
@@ -124,22 +126,18 @@ def _flat(rows: Rows) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     return flat.astype(np.int32, copy=False), offsets
 
 
-def _renumbered(tokens: NDArray[np.int32], offsets: NDArray[np.int64], max_frequency: float) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Terms numbered by falling document frequency, ties by their number; a term left out gets the number after the last.
+def _numbers(tokens: NDArray[np.int32], offsets: NDArray[np.int64], max_frequency: float) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Terms numbered by falling document frequency, ties by their value.
 
-    -> int32 tokens, int64 [V] document frequencies.
+    -> int32: the number of each value, -1 for one that is left out; int64 [V] document frequencies.
     """
-    vocabulary = int(tokens.max()) + 1 if len(tokens) else 0
-    if vocabulary > max(2 * len(tokens), 1 << 20):
-        tokens = np.unique(tokens, return_inverse=True)[1].astype(np.int32)
-        vocabulary = int(tokens.max()) + 1
-    frequency = document_frequency(tokens, offsets, vocabulary)
+    frequency = document_frequency(tokens, offsets, int(tokens.max(initial=-1)) + 1)
     kept = (frequency >= 2) & (frequency <= max_frequency * (len(offsets) - 1))
     order = np.argsort(-frequency, kind="stable")
     order = order[kept[order]]
-    number = np.full(vocabulary, len(order), dtype=np.int32)
+    number = np.full(len(frequency), -1, dtype=np.int32)
     number[order] = np.arange(len(order), dtype=np.int32)
-    return number[tokens], frequency[order]
+    return number, frequency[order]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -155,17 +153,27 @@ def document_frequency(tokens, offsets, vocabulary):  # type: ignore[no-untyped-
 
 
 @numba.njit(cache=True, nogil=True)
-def _count_distinct(tokens, offsets, vocabulary, distinct, first, last):  # type: ignore[no-untyped-def]
-    """Sorts rows [first, last) of `tokens` in place; fills the number of their distinct terms; returns the largest count of one."""
+def _sorted(tokens, number, room):  # type: ignore[no-untyped-def]
+    """The numbers of a row's terms, rising, without those left out: a part of `room`."""
+    used = 0
+    for token in tokens:
+        if number[token] >= 0:
+            room[used] = number[token]
+            used += 1
+    room[:used].sort()
+    return room[:used]
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_distinct(tokens, offsets, number, distinct, first, last):  # type: ignore[no-untyped-def]
+    """Fills the number of distinct terms of rows [first, last); returns the largest count of one."""
     largest = 0
+    room = np.empty((offsets[first + 1 : last + 1] - offsets[first:last]).max() if last > first else 0, dtype=np.int32)
     for row in range(first, last):
-        part = tokens[offsets[row] : offsets[row + 1]]
-        part.sort()
         run = 0
-        for at in range(len(part)):
-            if part[at] >= vocabulary:
-                break
-            if at == 0 or part[at] != part[at - 1]:
+        terms = _sorted(tokens[offsets[row] : offsets[row + 1]], number, room)
+        for at in range(len(terms)):
+            if at == 0 or terms[at] != terms[at - 1]:
                 distinct[row] += 1
                 run = 0
             run += 1
@@ -174,19 +182,15 @@ def _count_distinct(tokens, offsets, vocabulary, distinct, first, last):  # type
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill(tokens, offsets, vocabulary, starts, terms, counts, first, last):  # type: ignore[no-untyped-def]
+def _fill(tokens, offsets, number, starts, terms, counts, first, last):  # type: ignore[no-untyped-def]
+    room = np.empty((offsets[first + 1 : last + 1] - offsets[first:last]).max() if last > first else 0, dtype=np.int32)
     for row in range(first, last):
-        to = starts[row] - 1
-        previous = -1
-        for at in range(offsets[row], offsets[row + 1]):
-            token = tokens[at]
-            if token >= vocabulary:
-                break
-            if token != previous:
+        to, previous = starts[row] - 1, -1
+        for term in _sorted(tokens[offsets[row] : offsets[row + 1]], number, room):
+            if term != previous:
                 to += 1
-                terms[to] = token
-                counts[to] = 0
-                previous = token
+                terms[to], counts[to] = term, 0
+                previous = term
             counts[to] += 1
 
 
