@@ -239,6 +239,7 @@ def test_scores_of_chosen_pairs_are_the_neighbours_scores():
     assert (Bags.of(rows).score(np.arange(300), ids) == scores).all()
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(bm25.__file__).parents[3])}
 SCRIPT = """
 import sys, numpy as np
 from pipeline.launch.ranks import Ranks
@@ -262,7 +263,7 @@ def run(tmp_path, name, mode, directory, ranks=1, **popen):
         if mpirun is None:
             pytest.skip("needs mpirun")
         command = [mpirun, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(ranks), *command]
-    subprocess.run(command, check=True, timeout=300, cwd=Path(bm25.__file__).parents[3])
+    subprocess.run(command, check=True, timeout=300, env=ENVIRONMENT)
     with np.load(tmp_path / f"{name}.npz") as found:
         return found["ids"].tobytes(), found["scores"].tobytes()
 
@@ -277,7 +278,7 @@ def test_one_two_and_three_ranks_find_the_same_bytes(tmp_path, mode):
 def test_a_killed_search_goes_on_from_its_finished_parts(tmp_path):
     expected = run(tmp_path, "whole", "exact", "whole")
     command = [sys.executable, str(tmp_path / "search.py"), "exact", str(tmp_path / "killed"), str(tmp_path / "killed.npz")]
-    process = subprocess.Popen(command, cwd=Path(bm25.__file__).parents[3])
+    process = subprocess.Popen(command, env=ENVIRONMENT)
     while len(list((tmp_path / "killed").glob("*.npz"))) < 2:
         assert process.poll() is None
         time.sleep(0.005)

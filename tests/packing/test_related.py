@@ -178,7 +178,7 @@ def test_several_ranks_make_the_same_plan(pack, documents, tokenizer, tmp_path):
         str(here),
         "three",
     ]
-    subprocess.run(command, check=True, timeout=300, cwd=Path(pipeline.__file__).parents[1])
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": str(Path(pipeline.__file__).parents[1])})
     assert len(list((here / "three" / "scratch").glob("*.npz"))) == 4
     for name in ("pieces.npy", "segments.npy", "groups.npy", "plan.json"):
         assert (here / "three" / name).read_bytes() == (plan.directory / name).read_bytes(), name
