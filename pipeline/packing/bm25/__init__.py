@@ -27,7 +27,7 @@ from pipeline.packing.bm25.search import Search, Visits
 Mode: TypeAlias = Literal["exact", "pruned", "capped"]
 Neighbours: TypeAlias = tuple[NDArray[np.int32], NDArray[np.float32]]
 
-RECALL = 0.965
+RECALL = 0.96
 """Share of the true neighbours of a sample that `pruned` is set to find, so that all together it finds 0.95 or more."""
 SAMPLE = 512
 CAP = 2**14

@@ -17,7 +17,7 @@ from pipeline.packing.bm25.bags import Bags, in_parts
 from pipeline.packing.bm25.blocks import LARGEST
 from pipeline.packing.bm25.search import Visits
 
-SIZE = 512
+SIZE = 1024
 """Segments of a cluster on average."""
 MOST = 1024
 """Clusters at most."""
