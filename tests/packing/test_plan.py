@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from pipeline.errors import UserError
 from pipeline.packing.plan import Plan, make
@@ -98,3 +99,42 @@ def test_a_file_that_is_no_plan_is_refused(plan, text):
     (plan.directory / "plan.json").write_text(text)
     with pytest.raises(UserError, match="not a readable plan"):
         Plan.open(plan.directory)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"groups": "bm25"}, "groups: bm25 needs group_size of 2 or more"),
+        ({"groups": "consecutive", "segments": "within"}, "groups: consecutive needs group_size of 2 or more"),
+        ({"groups": "consecutive", "group_size": 4}, "set segments: within, or mix_documents: true"),
+        ({"groups": "consecutive", "group_size": 4, "segments": "best_fit", "mix_documents": True}, "leaves no order"),
+        ({"mix_documents": True}, "mix_documents is about groups: consecutive only"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(given, message):
+    with pytest.raises(ValidationError, match=message):
+        PackSettings(**given)
+
+
+def test_consecutive_groups_may_run_over_documents_when_asked(make_store, make_tokenizer, tmp_path):
+    settings = PackSettings(length=10, segments="across", groups="consecutive", group_size=3, mix_documents=True)
+    plan = make(tmp_path / "plan", settings, "decoder", make_store([25, 3, 0, 41]), make_tokenizer())
+    assert plan.groups.tolist() == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
+
+
+def test_random_groups_depend_on_the_seed_alone(make_store, make_tokenizer, tmp_path):
+    settings, store = PackSettings(length=10, group_size=3), make_store([100, 30])
+    made = [make(tmp_path / str(number), settings, "decoder", store, make_tokenizer(), seed=seed) for number, seed in enumerate((1, 1, 2))]
+    one, same, other = (plan.groups for plan in made)
+    assert one.tolist() == same.tolist() != other.tolist()
+    assert sorted(one[one >= 0]) == list(range(13))
+
+
+def test_best_fit_rows_reach_the_plan_with_their_padding_told(make_store, make_tokenizer, tmp_path):
+    plan = make(tmp_path / "plan", PackSettings(length=10, segments="best_fit"), "decoder", make_store([7, 3, 12, 4]), make_tokenizer())
+    assert len(plan.groups) == 3  # 10 of 12; 7 + 3; 4 + 2
+    assert {name: plan.description[name] for name in ("tokens", "dropped_tokens", "padded_tokens")} == {
+        "tokens": 26,
+        "dropped_tokens": 0,
+        "padded_tokens": 4,
+    }
