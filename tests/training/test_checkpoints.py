@@ -46,6 +46,26 @@ def test_what_deepspeed_saves_is_read(tmp_path):
     assert found["stage"] is ZeroStageEnum.gradients
 
 
+class Named:
+    """Pickles as `getattr` of something: so do members of an enumeration in Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, *of):
+        self.of = of
+
+    def __reduce__(self):
+        return getattr, self.of
+
+
+def test_getattr_names_members_of_an_enumeration_and_nothing_else(tmp_path):
+    torch.save([Named(ZeroStageEnum, "gradients")], tmp_path / "member.pt")
+    with weights_only():
+        assert torch.load(tmp_path / "member.pt") == [ZeroStageEnum.gradients]
+    for number, of in enumerate([(ZeroStageEnum, "__init__"), (ZeroStageEnum, "__members__"), (LossScaler, "backward"), ("text", "format")]):
+        torch.save([Named(*of)], tmp_path / f"{number}.pt")
+        with weights_only(), pytest.raises(UserError, match="refused, it holds more than tensors"):
+            torch.load(tmp_path / f"{number}.pt")
+
+
 def test_torch_load_is_itself_again_afterwards():
     original = torch.load
     with weights_only():
