@@ -2,7 +2,7 @@
 
 A score is a sum over terms. The few terms that very many segments have (the head) are summed by an 8-bit matrix product; the others
 (the tail) by adding each posting to its segment's cell, which stays in the first-level cache because a block is small. Both are sums
-of integers, so the same on every machine and in any order. An approximate score is at most `Quantiser.slack` units from the true one;
+of integers, so the same on every machine and in any order. An approximate score is at most its query's slack (`Quantiser.queries`) from the true one;
 `search` scores again, exactly, whatever that leaves in question.
 """
 
