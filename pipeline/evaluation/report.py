@@ -13,6 +13,7 @@ from pipeline import artifacts
 Report = dict[str, Any]
 """name; stages: list of {stage, seconds, metrics}; versions; device; and, where the recipe made such models,
 held_out: {objective, loss, perplexity, bits_per_byte or None, targets, segments, of_segments};
+memories: as `memories.Tested.report` gives it;
 task: {split, metric, scores: {model: {metric: value}}}; models: {model: {parameters, encoder_parameters or None}};
 latency: as `speed.latency` gives it. What is missing is None or empty."""
 
@@ -27,17 +28,26 @@ def write(report: Report, directory: Path) -> None:
 
 def markdown(report: Report) -> str:
     notes = "\n".join(f"- {note}" for note in _notes(report))
-    parts = [f"# {report['name']}", "## Stages", _markdown_table(_stage_rows(report)), "## Results", _markdown_table(_result_rows(report)), notes]
+    memories = ["## Memories", _markdown_table(_memory_rows(report))] if report.get("memories") else []
+    results = ["## Results", _markdown_table(_result_rows(report)), *memories, notes]
+    parts = [f"# {report['name']}", "## Stages", _markdown_table(_stage_rows(report)), *results]
     return "\n\n".join(parts) + "\n"
 
 
 def table(report: Report) -> Group:
     """The results for the terminal, for rich to print."""
-    head, *body = _result_rows(report)
-    shown = Table(*head, title="Results", title_justify="left")
+    shown = [_terminal_table("Results", _result_rows(report))]
+    if report.get("memories"):
+        shown.append(_terminal_table("Memories", _memory_rows(report)))
+    return Group(*shown, *_notes(report))
+
+
+def _terminal_table(title: str, rows: Rows) -> Table:
+    head, *body = rows
+    shown = Table(*head, title=title, title_justify="left")
     for row in body:
         shown.add_row(*row)
-    return Group(shown, *_notes(report))
+    return shown
 
 
 def headline(report: Report) -> dict[str, Any]:
@@ -48,6 +58,8 @@ def headline(report: Report) -> dict[str, Any]:
         figures["mlm_perplexity" if held_out["objective"] == "mlm" else "perplexity"] = round(held_out["perplexity"], 3)
         if held_out["bits_per_byte"] is not None:
             figures["bits_per_byte"] = round(held_out["bits_per_byte"], 4)
+    if report.get("memories"):
+        figures |= {f"perplexity_{_key(row['memory'])}": round(row["perplexity"], 3) for row in report["memories"]["rows"]}
     if task:
         figures |= {f"{task['split']}_{task['metric']}_{_key(model)}": round(scores[task["metric"]], 4) for model, scores in task["scores"].items()}
     if latency and "pruned" in latency["speed_up"]:
@@ -55,8 +67,8 @@ def headline(report: Report) -> dict[str, Any]:
     return figures
 
 
-def _key(model: str) -> str:
-    return model.replace("-", "")
+def _key(name: str) -> str:
+    return name.replace("-", "").replace(", ", "_").replace("+", "_")
 
 
 def _stage_rows(report: Report) -> Rows:
@@ -86,6 +98,19 @@ def _result_rows(report: Report) -> Rows:
     return rows
 
 
+def _memory_rows(report: Report) -> Rows:
+    """One row a memory."""
+    head = ["memory", "nats a token", "perplexity", "word perplexity", "bits per byte", "memory's share", "tokens a second", "values"]
+    return [head, *(_memory_row(row) for row in report["memories"]["rows"])]
+
+
+def _memory_row(row: dict[str, Any]) -> list[str]:
+    words = "" if row["word_perplexity"] is None else f"{row['word_perplexity']:,.2f}"
+    values = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in row["values"].items())
+    figures = [f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}", words, f"{row['bits_per_byte']:.4f}", f"{row['share']:.1%}"]
+    return [row["memory"], *figures, f"{row['tokens_per_second']:,.0f}", values]
+
+
 def _row(name: str, models: dict[str, Any], values: dict[str, str]) -> list[str]:
     return [name, *(values.get(model, "") for model in models)]
 
@@ -95,12 +120,27 @@ def _notes(report: Report) -> list[str]:
     if held_out:
         rows = f"{held_out['segments']:,} of {held_out['of_segments']:,} held-out segments"
         notes.append(f"Perplexity over {held_out['targets']:,} predicted tokens in {rows}.")
+    notes += _memory_notes(report["memories"]) if report.get("memories") else []
     if latency:
         spread = "; ".join(f"{model} {t['lower_quartile']:.1f} to {t['upper_quartile']:.1f} ms" for model, t in latency["milliseconds"].items())
         on = f"{latency['device']}, {latency['threads']} threads" if latency["threads"] else latency["device"]
         notes.append(f"Times are medians of {latency['repeats']} passes taken in turn on {on}; quartiles {spread}.")
     notes.append(", ".join(f"{package} {version}" for package, version in report["versions"].items()) + f"; {report['device']}.")
     return notes
+
+
+def _memory_notes(memories: dict[str, Any]) -> list[str]:
+    window, long = memories["window"], memories["long"]
+    read = (
+        f"windows of {window['block']} tokens with {window['context']} before them{', which stop where documents do' * memories['within_documents']}"
+    )
+    tuned = f"values tuned on {memories['development_documents']:,} others" if memories["development_documents"] else "no value was tuned"
+    text = f"{memories['tokens']:,} tokens ({memories['words']:,} words, {memories['bytes']:,} bytes) of {memories['documents']:,} held-out documents"
+    notes = [f"Memories: {text}, read in {read}; {tuned}. Speed counts the model and the memory's own work."]
+    if any("long" in row["memory"] for row in memories["rows"]):
+        emptied = "emptied where a document ends" if long["reset"] else "never emptied"
+        notes.append(f"Long memory: the last {long['size']:,} scored places before the window, {emptied}.")
+    return notes + [f"Warning, {row['memory']}: {warning}." for row in memories["rows"] for warning in row["warnings"]]
 
 
 def _metrics(metrics: dict[str, Any]) -> str:

@@ -1,0 +1,75 @@
+"""Sums over the entries of a memory, in fp32, a block at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ROWS, ENTRIES = 512, 4096
+"""Queries and entries whose scores are held at a time: 8 MiB of them, and as much again for each of about four intermediates."""
+
+
+def over_range(queries: Tensor, keys: Tensor, values: Tensor, targets: Tensor, low: Tensor, high: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """fp32 [2, n, T]: log sum exp of <q, k> / (sqrt(d) t) over the entries low .. high - 1 of each query, and over those with its target as value.
+
+    queries [n, d], keys [m, d], values int64 [m], targets, low, high int64 [n], all on one device.
+    """
+    found = torch.full((2, len(queries), len(temperatures)), -torch.inf, device=queries.device)
+    scaled = queries.float() / queries.shape[1] ** 0.5
+    for top in range(0, len(queries), ROWS):
+        rows = slice(top, top + ROWS)
+        first, end = (int(low[rows].min()), int(high[rows].max())) if len(keys) else (0, 0)
+        for left in range(first, end, ENTRIES):
+            right = min(left + ENTRIES, end)
+            number = torch.arange(left, right, device=queries.device)
+            visible = (number >= low[rows, None]) & (number < high[rows, None])
+            scores = (scaled[rows] @ keys[left:right].float().T).masked_fill_(~visible, -torch.inf)
+            match = visible & (values[left:right] == targets[rows, None])
+            found[:, rows] = torch.logaddexp(found[:, rows], of_scores(scores, match, temperatures))
+    return found
+
+
+def over_nearest(scores: Tensor, values: Tensor, targets: Tensor, neighbours: Sequence[int], temperatures: Sequence[float]) -> Tensor:
+    """fp32 [2, n, K, T]: the same over the first k of each query's entries, for each k of `neighbours`, which rise.
+
+    scores [n, k] falling, -inf where there is no entry; values int64 [n, k]; targets int64 [n].
+    """
+    parts = []
+    for top in range(0, len(scores), ROWS):
+        rows = slice(top, top + ROWS)
+        match = (values[rows] == targets[rows, None]) & ~scores[rows].isneginf()
+        bounds = [0, *neighbours]
+        slices = [of_scores(scores[rows, a:b], match[:, a:b], temperatures) for a, b in itertools.pairwise(bounds)]
+        parts.append(torch.stack(slices, dim=2).logcumsumexp(dim=2))
+    return torch.cat(parts, dim=1) if parts else torch.empty(2, 0, len(neighbours), len(temperatures))
+
+
+def of_scores(scores: Tensor, match: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """fp32 [2, n, T]: log sum exp of scores [n, m] / t, and of those where match [n, m] is true; -inf where there are none.
+
+    The matches, few, are summed by themselves, so that they do not vanish beside scores that are much larger.
+    """
+    return torch.stack([_log_sums(scores, temperatures), _log_sums(_gathered(scores, match), temperatures)])
+
+
+def _log_sums(scores: Tensor, temperatures: Sequence[float]) -> Tensor:
+    if not scores.shape[1]:
+        return torch.full((len(scores), len(temperatures)), -torch.inf, device=scores.device)
+    top = scores.amax(dim=1, keepdim=True)
+    below = scores - top.nan_to_num(neginf=0.0)
+    return torch.stack([below.mul(1 / t).exp_().sum(dim=1).log_() for t in temperatures], dim=1) + top / torch.tensor(
+        temperatures, device=scores.device
+    )
+
+
+def _gathered(scores: Tensor, match: Tensor) -> Tensor:
+    """The scores where match is true, moved to the left of their rows: [n, the most matches of a row], -inf behind them."""
+    rows, columns = match.nonzero(as_tuple=True)
+    counts = match.sum(dim=1)
+    place = torch.arange(len(rows), device=scores.device) - (counts.cumsum(0) - counts)[rows]
+    gathered = torch.full((len(scores), int(counts.max()) if len(counts) else 0), -torch.inf, device=scores.device)
+    gathered[rows, place] = scores[rows, columns]
+    return gathered
