@@ -52,7 +52,8 @@ def is_bert_shaped(config: TrimlineConfig) -> bool:
     """Whether stock BERT can hold the model: a post-norm encoder with absolute positions and nothing pruned away."""
     uniform = len(set(config.heads_per_layer)) == 1 and len(set(config.ffn_per_layer)) == 1
     whole = uniform and config.heads_per_layer[0] * config.head_dim == config.hidden_size and config.ffn_per_layer[0] > 0
-    return whole and (config.kind, config.norm, config.positions) == ("encoder", "post", "absolute")
+    plain = config.activation == "gelu" and config.activation_dropout == 0 and not config.scale_embeddings
+    return whole and plain and (config.kind, config.norm, config.positions) == ("encoder", "post", "absolute")
 
 
 def is_ours_shaped(config: PretrainedConfig) -> bool:
@@ -72,7 +73,7 @@ def export(model: TrimlinePreTrainedModel) -> PreTrainedModel:
             num_attention_heads=config.heads_per_layer[0],
             intermediate_size=config.ffn_per_layer[0],
             hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout if config.attention_dropout is None else config.attention_dropout,
             max_position_embeddings=config.max_position_embeddings,
             type_vocab_size=config.type_vocab_size or 2,
             initializer_range=config.initializer_range,
@@ -90,7 +91,7 @@ def export(model: TrimlinePreTrainedModel) -> PreTrainedModel:
 
 
 def convert(stock: PreTrainedModel) -> TrimlinePreTrainedModel:
-    """Our model of a stock BERT: same outputs without dropout, for which the hidden rate stands for all.
+    """Our model of a stock BERT: same outputs, same rates of dropout.
 
     A token type table of zeros, as `export` writes it, is dropped again.
     """
@@ -109,6 +110,7 @@ def convert(stock: PreTrainedModel) -> TrimlinePreTrainedModel:
         ffn_per_layer=[theirs.intermediate_size] * theirs.num_hidden_layers,
         type_vocab_size=theirs.type_vocab_size if has_types else 0,
         dropout=theirs.hidden_dropout_prob,
+        attention_dropout=theirs.attention_probs_dropout_prob,
         max_position_embeddings=theirs.max_position_embeddings,
         layer_norm_eps=theirs.layer_norm_eps,
         initializer_range=theirs.initializer_range,

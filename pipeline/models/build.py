@@ -32,6 +32,7 @@ from pipeline.models.modeling_trimline import (
     TrimlineForSequenceClassification,
     TrimlinePreTrainedModel,
 )
+from pipeline.models.positions import SCHEMES
 from pipeline.models.quiet import quiet
 from pipeline.models.settings import ModelSettings
 
@@ -46,7 +47,14 @@ def new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, head: Head 
     """A model with random weights, its vocabulary and special tokens those of the tokenizer.
 
     head: default mlm for an encoder, causal for a decoder. Weights are drawn from torch's global generator.
+    Raises UserError when `adaptive.cutoffs` reach beyond the vocabulary.
     """
+    adaptive = settings.adaptive
+    if adaptive is not None and adaptive.cutoffs and adaptive.cutoffs[-1] >= len(tokenizer):
+        raise UserError(
+            f"model.adaptive.cutoffs: {adaptive.cutoffs[-1]} is beyond the vocabulary, which has {len(tokenizer)} tokens; "
+            "leave out the cutoffs that are, or give the tokenizer more text"
+        )
     config = TrimlineConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
@@ -56,7 +64,13 @@ def new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, head: Head 
         kind=settings.kind,
         norm=settings.norm,
         positions=settings.positions,
+        activation=settings.activation,
         dropout=settings.dropout,
+        attention_dropout=settings.attention_dropout,
+        activation_dropout=settings.activation_dropout,
+        final_norm=settings.final_norm,
+        scale_embeddings=settings.scale_embeddings,
+        adaptive=adaptive.model_dump(mode="json") if adaptive is not None else None,
         max_position_embeddings=settings.max_length,
         initializer_range=settings.init_std,
         pad_token_id=tokenizer.pad_token_id,
@@ -112,7 +126,8 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengt
             f"{config.name_or_path}: the model knows {config.vocab_size} tokens, the tokenizer makes {len(tokenizer)}; "
             "set tokenize.tokenizer to the model's own tokenizer directory"
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    ours_without_end = isinstance(model, TrimlinePreTrainedModel) and not SCHEMES[config.positions].bounded
+    positions = None if ours_without_end else getattr(config, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise UserError(f"{config.name_or_path}: the model takes {positions} tokens, rows have {length}; lower the length of the rows to that")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
+from pipeline.models.adaptive import AdaptiveHead
 from pipeline.models.modeling_trimline import TrimlinePreTrainedModel
 from pipeline.models.vocabulary import linear_scores, scores_of
 
@@ -64,13 +65,15 @@ class CausalReader:
         chunk: rows of logits held at a time, forward and backward; None: all of them.
         """
         head = self.model.get_output_embeddings()
+        if isinstance(head, AdaptiveHead):
+            return head.scores(hidden, targets, chunk)
         if chunk is None:
             return scores_of(head(hidden), targets)
         return linear_scores(hidden, head.weight, head.bias, targets, chunk)
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raises UserError when the scores that the model itself gives are not those of its output matrix alone (Gemma 2 and others cap or scale them)."""
+        """Raises UserError when the scores that the model itself gives are not those of its head alone (Gemma 2 and others cap or scale them)."""
         model = self.model.eval()
         device = next(model.parameters()).device
         input_ids = torch.arange(4, device=device)[None] % model.config.get_text_config().vocab_size

@@ -1,11 +1,12 @@
 """The transformer: BERT's encoder (Devlin et al. 2019) or a causal decoder, with layers of any width and masks on its units.
 
-This file and `positions.py` are copied into exported model directories and run there without Trimline, so they import
-nothing but torch, transformers and each other.
+This file, `positions.py` and `adaptive.py` are copied into exported model directories and run there without Trimline, so they
+import nothing but torch, transformers and each other.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .positions import SCHEMES
+from .adaptive import AdaptiveEmbedding, AdaptiveHead
+from .positions import SCHEMES, positions_within
 
 Masks = dict[str, Tensor]
-"""`heads` [layers, heads] multiplies each head's context, `neurons` [layers, ffn] each gelu output (CoFi: z_head, z_int).
+"""`heads` [layers, heads] multiplies each head's context, `neurons` [layers, ffn] each neuron's output (CoFi: z_head, z_int).
 
 Entries past a layer's own width are ignored. A layer whose row is all zero acts as if its sub-layer were removed,
 residual LayerNorm included, so that masking and removing give the same output.
@@ -32,6 +34,8 @@ class TrimlineConfig(PretrainedConfig):
     heads_per_layer, ffn_per_layer: heads and feed-forward neurons of each layer; 0 means the sub-layer is gone.
     kind: `encoder` or `decoder`. norm: LayerNorm `post` (BERT) or `pre` (GPT-2) each sub-layer.
     positions: name of a scheme in `positions.SCHEMES`. type_vocab_size: token types (BERT's segments A and B), 0 for none.
+    attention_dropout: None means `dropout`. final_norm: whether a pre-norm stack ends in a LayerNorm. scale_embeddings: token embeddings
+    times sqrt(d). adaptive: a decoder's `cutoffs`, `factor`, `tie_projections`, `dropout` of `adaptive.py`; None for one table.
     """
 
     model_type = "trimline"
@@ -47,7 +51,13 @@ class TrimlineConfig(PretrainedConfig):
         norm: str = "post",
         positions: str = "absolute",
         type_vocab_size: int = 0,
+        activation: str = "gelu",
         dropout: float = 0.1,
+        attention_dropout: float | None = None,
+        activation_dropout: float = 0.0,
+        final_norm: bool = True,
+        scale_embeddings: bool = False,
+        adaptive: dict[str, Any] | None = None,
         max_position_embeddings: int = 512,
         layer_norm_eps: float = 1e-12,
         initializer_range: float = 0.02,
@@ -71,7 +81,13 @@ class TrimlineConfig(PretrainedConfig):
         self.norm = norm
         self.positions = positions
         self.type_vocab_size = type_vocab_size
+        self.activation = activation
         self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        self.activation_dropout = activation_dropout
+        self.final_norm = final_norm
+        self.scale_embeddings = scale_embeddings
+        self.adaptive = adaptive
         self.max_position_embeddings = max_position_embeddings
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
@@ -109,7 +125,7 @@ class Attention(nn.Module):
         width = heads * config.head_dim
         self.head_dim = config.head_dim
         self.causal = config.kind == "decoder"
-        self.dropout = config.dropout
+        self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
         self.query = nn.Linear(config.hidden_size, width)
         self.key = nn.Linear(config.hidden_size, width)
         self.value = nn.Linear(config.hidden_size, width)
@@ -131,12 +147,14 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.hidden_size, neurons)
         self.down = nn.Linear(neurons, config.hidden_size)
+        self.activation = getattr(F, config.activation)
+        self.dropout = config.activation_dropout
 
     def forward(self, x: Tensor, neuron_mask: Tensor | None) -> Tensor:
-        neurons = F.gelu(self.up(x))
+        neurons = self.activation(self.up(x))
         if neuron_mask is not None:
             neurons = (neurons * neuron_mask).to(x.dtype)
-        return self.down(neurons)
+        return self.down(F.dropout(neurons, self.dropout, self.training))
 
 
 class Block(GradientCheckpointingLayer):
@@ -165,9 +183,7 @@ class Block(GradientCheckpointingLayer):
         return self._join(x, self.feed_forward(inner, neuron_mask), self.feed_forward_norm, neuron_mask), inner
 
     def _join(self, x: Tensor, update: Tensor, norm: nn.Module, mask: Tensor | None) -> Tensor:
-        joined = x + self.dropout(update)
-        if not self.pre:
-            joined = norm(joined)
+        joined = x + self.dropout(update) if self.pre else norm(x + self.dropout(update))
         # Without the choice, the output bias and the LayerNorm of a fully masked sub-layer would still act.
         return joined if mask is None else torch.where((mask != 0).any(), joined, x)
 
@@ -175,14 +191,18 @@ class Block(GradientCheckpointingLayer):
 class Embeddings(nn.Module):
     def __init__(self, config: TrimlineConfig):
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        if config.adaptive is None:
+            self.word: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        else:
+            self.word = AdaptiveEmbedding(config.hidden_size, config.vocab_size, config.adaptive["cutoffs"], config.adaptive["factor"])
+        self.scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
         self.positions = SCHEMES[config.positions](config.hidden_size, config.max_position_embeddings)
         self.types = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "post" else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        x = self.positions.embed(self.word(input_ids), position_ids)
+        x = self.positions.embed(self.word(input_ids) * self.scale, position_ids)
         if self.types is not None:
             x = x + self.types(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
         return self.dropout(x if self.norm is None else self.norm(x))
@@ -203,7 +223,7 @@ class TrimlineModel(TrimlinePreTrainedModel):
         super().__init__(config)
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config, *units) for units in zip(config.heads_per_layer, config.ffn_per_layer, strict=True))
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "pre" else None
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "pre" and config.final_norm else None
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer and config.kind == "encoder" else None
         self.post_init()
 
@@ -270,13 +290,6 @@ class TrimlineModel(TrimlinePreTrainedModel):
         return allowed
 
 
-def positions_within(document_ids: Tensor) -> Tensor:
-    """int64 [B, L]: how many tokens of its document stand before each token. document_ids [B, L], a document's tokens together."""
-    places = torch.arange(document_ids.shape[1], device=document_ids.device)
-    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-    return places - (places * begins).cummax(dim=1).values
-
-
 class MaskedLMHead(nn.Module):
     def __init__(self, config: TrimlineConfig):
         super().__init__()
@@ -325,20 +338,21 @@ class TrimlineForMaskedLM(TrimlinePreTrainedModel):
 
 
 class TrimlineForCausalLM(TrimlinePreTrainedModel, GenerationMixin):
-    """Next-token prediction with a tied output matrix. `generate` works without a key-value cache: each token costs a full pass."""
-
-    _tied_weights_keys = {"head.weight": "model.embeddings.word.weight"}  # noqa: RUF012 transformers' own convention
+    """Next-token prediction with tied embeddings. `generate` works without a key-value cache: each token costs a full pass."""
 
     def __init__(self, config: TrimlineConfig):
         super().__init__(config)
         self.model = TrimlineModel(config, add_pooling_layer=False)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        word, shape = "model.embeddings.word", (config.hidden_size, config.vocab_size)
+        adaptive = None if config.adaptive is None else AdaptiveHead(*shape, **config.adaptive)
+        self.head: Any = adaptive or nn.Linear(*shape, bias=False)
+        self._tied_weights_keys = adaptive.tied("head", word) if adaptive else {"head.weight": f"{word}.weight"}
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def set_output_embeddings(self, value: nn.Linear) -> None:
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.head = value
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -348,10 +362,17 @@ class TrimlineForCausalLM(TrimlinePreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, return_dict: bool = True, **inputs: Any
     ) -> TrimlineHeadOutput | tuple[Any, ...]:
-        """logits [B, L, vocab]. `labels` [B, L] are aligned with the input: the loss at position i is that of labels[i + 1]."""
+        """logits [B, L, vocab]. `labels` [B, L] are aligned with the input: the loss at position i is that of labels[i + 1].
+
+        With labels an adaptive softmax computes the loss alone, and the logits are None.
+        """
         body = self.model(input_ids, attention_mask, **inputs)
-        logits = self.head(body.last_hidden_state)
-        loss = None if labels is None else mean_cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        hidden, logits = body.last_hidden_state, None
+        if labels is not None and self.config.adaptive is not None:
+            loss = self.head.loss(hidden[:, :-1], labels[:, 1:])
+        else:
+            logits = self.head(hidden)
+            loss = None if labels is None else mean_cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         output = TrimlineHeadOutput(loss=loss, logits=logits, hidden_states=body.hidden_states, memory_states=body.memory_states)
         return output if return_dict else output.to_tuple()
 

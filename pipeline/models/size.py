@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
+from pipeline.models.adaptive import bands
 from pipeline.models.modeling_trimline import TrimlineConfig
 
 
@@ -27,13 +30,27 @@ def flops_per_token(config: TrimlineConfig, length: int, predicted: float = 1.0)
     """Floating-point operations of a forward pass through a language model for each token of a row of `length` tokens.
 
     Matrix products only, a multiply-add counting two. Attention scores count in full, a decoder's too (the convention of
-    Chowdhery et al. 2022, appendix B). predicted: share of positions that reach the vocabulary projection.
+    Chowdhery et al. 2022, appendix B). predicted: share of positions that reach the vocabulary projection; an adaptive softmax is as
+    a loss computes it, a tail for the targets in it alone.
     """
     d = config.hidden_size
     units = [4 * d * heads * config.head_dim + 2 * d * neurons for heads, neurons in zip(config.heads_per_layer, config.ffn_per_layer, strict=True)]
     scores = 2 * length * config.head_dim * sum(config.heads_per_layer)
-    transform = d * d if config.kind == "encoder" else 0
-    return 2.0 * (sum(units) + scores + predicted * (transform + d * config.vocab_size))
+    if config.adaptive is not None:
+        entering, leaving = _adaptive_products(config, config.adaptive["cutoffs"], config.adaptive["factor"])
+    else:
+        entering, leaving = 0.0, d * config.vocab_size + (d * d if config.kind == "encoder" else 0)
+    return 2.0 * (entering + sum(units) + scores + predicted * leaving)
+
+
+def _adaptive_products(config: TrimlineConfig, cutoffs: list[int], factor: int) -> tuple[float, float]:
+    """Multiply-adds of an average token in the adaptive embedding and in the softmax, by Zipf's law: the word of rank r is 1 / r as frequent."""
+    d, vocabulary = config.hidden_size, config.vocab_size
+    parts = bands(d, vocabulary, cutoffs, factor)
+    shares = [math.log((end + 1) / (start + 1)) / math.log(vocabulary + 1) for start, end, _ in parts]
+    entering = sum(share * d * width for share, (_, _, width) in zip(shares, parts, strict=True))
+    tails = sum(share * width * (d + end - start) for share, (start, end, width) in list(zip(shares, parts, strict=True))[1:])
+    return entering, d * (parts[0][1] + len(parts) - 1) + tails
 
 
 def training_flops_per_row(config: TrimlineConfig, length: int, predicted: float = 1.0) -> float:
