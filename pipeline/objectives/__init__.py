@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.objectives.settings import CausalSettings, MlmSettings
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -11,12 +13,33 @@ if TYPE_CHECKING:
     from pipeline.objectives.settings import AnyObjective
 
 
-def build(settings: AnyObjective, tokenizer: PreTrainedTokenizerBase, seed: int) -> Objective:
-    """The objective that the settings name. `seed` is that of its draws about the data."""
-    if settings.name == "mlm":
+def build(
+    settings: AnyObjective,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    steps: int = 0,
+    group_size: int = 1,
+    ranks_per_group: int = 1,
+    memory_module: str | None = None,
+) -> Objective:
+    """The objective that the settings name.
+
+    seed: of its draws about the data. steps: of the whole training, of which warm-ups are a share. group_size: rows of a group, on `ranks_per_group` ranks.
+    memory_module: see `CausalReader`.
+    """
+    if isinstance(settings, MlmSettings):
         from pipeline.objectives.mlm import Mlm
 
         return Mlm(settings, tokenizer, seed)
-    from pipeline.objectives.causal import Causal
+    if isinstance(settings, CausalSettings):
+        from pipeline.objectives.causal import Causal
 
-    return Causal()
+        return Causal()
+    from pipeline.objectives import trime
+
+    kinds = {"trimelm": trime.TrimeLocal, "trimelm_long": trime.TrimeLong, "trimelm_ext": trime.TrimeExternal}
+    together = {"rows": group_size // ranks_per_group, "ranks": ranks_per_group} if settings.needs == "groups" else {}
+    return kinds[settings.name](
+        settings, seed, ce_warmup_steps=round(settings.ce_warmup_ratio * steps), memory_module=memory_module, **together
+    )

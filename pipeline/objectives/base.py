@@ -14,6 +14,8 @@ class Objective(nn.Module, ABC):
 
     predicted: float = 1.0
     """Share of a row's positions that are predicted: what the vocabulary projection costs."""
+    figures: frozenset[str] = frozenset()
+    """Those of the named losses that are logged, not trained on."""
 
     @abstractmethod
     def prepare(self, batch: Batch, step: int) -> Batch:
@@ -35,6 +37,7 @@ class Trainee(nn.Module):
     """A model and its objective bound together: all that the training loop sees.
 
     side: fp32 module kept outside DeepSpeed, or None (see DESIGN.md).
+    figures: the losses that are only logged.
     flops_per_row: floating-point operations of training on one row, forward and backward, for the utilisation (MFU)
         that the loop logs; None where it is not known.
     """
@@ -45,6 +48,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.figures = objective.figures
         object.__setattr__(self, "side", side)  # an ordinary attribute would register it, and DeepSpeed would train it
         self.flops_per_row = flops_per_row
 

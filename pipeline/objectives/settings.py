@@ -14,6 +14,10 @@ class ObjectiveSettings(Settings):
 
     needs: ClassVar[str] = "segments"
     """What the plan must provide: `segments`, or `groups` of two or more."""
+    groups: ClassVar[tuple[str, ...]] = ("random", "consecutive", "bm25")
+    """Of which kinds the plan's groups may be."""
+    needs_places: ClassVar[bool] = False
+    """Whether batches must say where in its document each token stands."""
     kind: ClassVar[str]
     """The model it trains: `encoder` or `decoder`."""
 
@@ -35,4 +39,35 @@ class CausalSettings(ObjectiveSettings):
     name: Literal["causal"] = "causal"
 
 
-AnyObjective = Annotated[MlmSettings | CausalSettings, Field(discriminator="name")]
+class TrimeSettings(ObjectiveSettings):
+    """Next-token prediction with in-batch memory: the segment's own past (Zhong et al. 2022)."""
+
+    kind: ClassVar[str] = "decoder"
+    needs_places: ClassVar[bool] = True
+    name: Literal["trimelm"] = "trimelm"
+    ce_warmup_ratio: float = setting(0.05, "Share of the steps, the first ones, that learn by cross-entropy without memory.", ge=0, le=1)
+    key_gradients: Literal["all", "own_segment"] = setting(
+        "all", "Which queries teach a key: all that see it; own_segment: those of its own segment, as in the paper's code with a segment a GPU."
+    )
+    chunk: int | None = setting(
+        None, "Rows of scores held at a time, of memory and vocabulary, computed again in the backward pass; null holds all.", unit="rows", ge=1, result=False
+    )
+
+
+class TrimeLongSettings(TrimeSettings):
+    """Next-token prediction with all earlier positions of a group of consecutive segments as memory (Zhong et al. 2022)."""
+
+    needs: ClassVar[str] = "groups"
+    groups: ClassVar[tuple[str, ...]] = ("consecutive",)
+    name: Literal["trimelm_long"] = "trimelm_long"  # type: ignore[assignment]
+
+
+class TrimeExtSettings(TrimeSettings):
+    """Next-token prediction with every other segment of a group of similar ones as memory, besides the own past (Zhong et al. 2022)."""
+
+    needs: ClassVar[str] = "groups"
+    name: Literal["trimelm_ext"] = "trimelm_ext"  # type: ignore[assignment]
+    local_dropped: float = setting(0.9, "Probability that a segment's own past is switched off, so that it learns from the others.", ge=0, le=1)
+
+
+AnyObjective = Annotated[MlmSettings | CausalSettings | TrimeSettings | TrimeLongSettings | TrimeExtSettings, Field(discriminator="name")]

@@ -22,60 +22,80 @@ class Loader:
     """Rows of a plan in the order of (seed, epoch), `batch_size` a step, without end.
 
     The groups of a global batch are divided among ranks in contiguous parts, so all ranks together see the same
-    rows for every world size, and a group is on one rank. An epoch's end falls inside a batch where it falls.
+    rows for every world size. An epoch's end falls inside a batch where it falls.
 
-    batch_size: rows of a global batch over all ranks. A short group still takes `unit` rows: those it lacks hold no token but the
+    batch_size: rows of a global batch over all ranks. A short group still takes all its rows: those it lacks hold no token but the
     special ones (a decoder's: one padding token), and have segment number -1.
     document_mask: whether batches say which document each token is from, for attention that stays inside documents.
+    places: whether they say where in its document each token stands.
+    ranks_per_group: ranks, following one another, that hold equal parts of each group; its rows on one of them are the `unit`.
     Raises UserError when the plan is empty, damaged or made with another store or tokenizer, or the batch is not whole groups.
     """
 
-    def __init__(self, plan: Plan, store: Store, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int, document_mask: bool = False):
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        tokenizer: PreTrainedTokenizerFast,
+        batch_size: int,
+        seed: int,
+        document_mask: bool = False,
+        places: bool = False,
+        ranks_per_group: int = 1,
+    ):
         plan.check(store, tokenizer)
         if len(plan.groups) == 0:
             raise UserError(f"{plan.directory}: the plan has no segments; give tokenize more text, or lower pack.min_tokens")
         if batch_size % plan.group_size:
             raise UserError(f"batch_size {batch_size} is not a multiple of the plan's group size {plan.group_size} ({plan.directory}); make it one")
         self.plan, self.store, self.batch_size, self.seed, self.document_mask = plan, store, batch_size, seed, document_mask
-        self.unit = plan.group_size
-        self.groups_per_batch = batch_size // self.unit
+        assert plan.group_size % ranks_per_group == 0, f"groups of {plan.group_size} on {ranks_per_group} ranks"
+        self.places, self.ranks_per_group = places, ranks_per_group
+        self.unit = plan.group_size // ranks_per_group
+        self.groups_per_batch = batch_size // plan.group_size
         self.steps_per_epoch = len(plan.groups) / self.groups_per_batch
         self.fingerprint = hashlib.sha256(f"{plan.fingerprint} {batch_size} {seed} {document_mask}".encode()).hexdigest()
         self._order = Order(len(plan.groups), seed)
         self._specials = np.array([getattr(tokenizer, f"{role}_token_id") for role in SPECIALS[plan.kind]], dtype=np.int64)
         self._pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-        self.batch(0)  # compiles, where no earlier process has
+        self.batch(0, 0, ranks_per_group)  # compiles, where no earlier process has
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Ints]:
         """That rank's rows of global batch `step`: those of `rows`, and `group` [B].
 
-        group: which rows share a memory, numbered from 0 on each rank.
+        group: which rows are of one group, numbered from 0 on each rank; ranks that share groups have the same ones.
         Raises UserError when a batch has fewer groups, or the plan fewer segments, than there are ranks.
         """
-        have = min(self.groups_per_batch, len(self.plan.segments) - 1)
+        together = self.ranks_per_group
+        assert world % together == 0, f"{world} ranks, {together} to a group"
+        have = min(self.groups_per_batch, len(self.plan.segments) - 1) * together
         if have < world:
-            what = "groups in a batch" if have == self.groups_per_batch else f"segments in the plan {self.plan.directory}"
-            raise UserError(f"{world} ranks share {have} {what}: every rank needs one; use at most {have} ranks, a larger batch_size or more text")
-        first, last = share(self.groups_per_batch, rank, world)
+            what = "groups in a batch" if have == self.groups_per_batch * together else f"segments in the plan {self.plan.directory}"
+            each = "every rank needs one" if together == 1 else f"every {together} need one"
+            raise UserError(f"{world} ranks share {have // together} {what}: {each}; use at most {have} ranks, a larger batch_size or more text")
+        first, last = share(self.groups_per_batch, rank // together, world // together)
         numbers = self._order.at(step * self.groups_per_batch + np.arange(first, last))
-        segment = self.plan.groups[numbers].reshape(-1)
+        mine = rank % together * self.unit
+        segment = self.plan.groups[numbers, mine : mine + self.unit].reshape(-1)
         return {**self.rows(segment), "group": np.repeat(np.arange(last - first), self.unit)}
 
     def rows(self, segment: Ints) -> dict[str, Ints]:
         """`input_ids` and `attention_mask` [B, L] of those segments, and `segment` [B] itself, the counter of draws; -1 makes an empty row.
 
         With the document mask also `document_ids` [B, L]: 0 for the tokens of the row's first piece of a document, 1 for those of the
-        next, -1 for padding. [cls] belongs to the first, [sep] to the last.
+        next, -1 for padding. [cls] belongs to the first, [sep] to the last. With places, `document` [B, L], the document's number in the store,
+        and `offset` [B, L], its tokens before this one; -1 for special tokens and padding.
         Raises UserError when the plan points beyond the store.
         """
         segment = np.ascontiguousarray(segment)
-        names = ["input_ids", "attention_mask", *(["document_ids"] if self.document_mask else [])]
+        optional = (["document_ids"] if self.document_mask else []) + (["document", "offset"] if self.places else [])
+        names = ["input_ids", "attention_mask", *optional]
         plan, store = self.plan, self.store
         # One block: of several, malloc gives the last back to the system at every batch, and its pages are zeroed anew.
         rows = dict(zip(names, np.empty((len(names), len(segment), plan.length), dtype=np.int64), strict=True))
         wrong = _fill(
             *(segment, plan.segments, plan.pieces, store.lengths, store.addresses, np.empty(0, store.dtype), self._specials, self._pad),
-            *(rows["input_ids"], rows["attention_mask"], rows.get("document_ids")),
+            *(rows["input_ids"], rows["attention_mask"], *(rows.get(name) for name in ("document_ids", "document", "offset"))),
         )
         if wrong >= 0:
             raise UserError(f"{plan.directory / 'pieces.npy'}: segment {wrong} is not in the token store; remove its directory and run pack again")
@@ -84,7 +104,7 @@ class Loader:
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _fill(  # type: ignore[no-untyped-def]
-    segment, segments, pieces, lengths, addresses, like, specials, pad, input_ids, attention_mask, document_ids
+    segment, segments, pieces, lengths, addresses, like, specials, pad, input_ids, attention_mask, document_ids, documents, offsets
 ):
     """Writes the rows, each element once. -> what `_check` finds wrong, or -1."""
     lead = len(specials) // 2
@@ -102,6 +122,10 @@ def _fill(  # type: ignore[no-untyped-def]
                 room[i] = tokens[i]
             if document_ids is not None:
                 document_ids[row, end : end + length] = piece - first
+            if documents is not None:
+                documents[row, end : end + length] = document
+                for i in range(length):
+                    offsets[row, end + i] = start + i
             end += length
         input_ids[row, end:] = pad
         if lead:
@@ -113,6 +137,10 @@ def _fill(  # type: ignore[no-untyped-def]
             document_ids[row, :lead] = 0
             document_ids[row, end:used] = max(beyond - first - 1, 0)
             document_ids[row, used:] = -1
+        if documents is not None:
+            for marks in (documents, offsets):
+                marks[row, :lead] = -1
+                marks[row, end:] = -1
     return -1
 
 

@@ -10,8 +10,10 @@ from pipeline import objectives
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.corpus.store import Store
 from pipeline.models import build, export, size
+from pipeline.models.causal_reader import CausalReader
 from pipeline.models.modeling_trimline import TrimlineConfig
 from pipeline.objectives.base import Trainee
+from pipeline.objectives.settings import TrimeSettings
 from pipeline.packing.loader import Loader
 from pipeline.packing.plan import Plan
 from pipeline.recipe import Recipe
@@ -25,11 +27,15 @@ def run(work: Work) -> dict[str, Any]:
     tokenizer = tokenizers.load(work.input("tokenize") / "tokenizer")
     plan = Plan.open(work.input("pack") / "train")
     store = Store.open(work.input("tokenize") / "train")
-    batches = Loader(plan, store, tokenizer, settings.batch_size, recipe.seed, document_mask=settings.document_mask)
+    together = {"ranks_per_group": settings.ranks_per_group}
+    places = settings.objective.needs_places
+    batches = Loader(plan, store, tokenizer, settings.batch_size, recipe.seed, document_mask=settings.document_mask, places=places, **together)
 
     torch.manual_seed(recipe.seed)  # every rank starts from the same weights
     model = starting_model(recipe, tokenizer, plan.length)
-    objective = objectives.build(settings.objective, tokenizer, recipe.seed)
+    objective = objectives.build(
+        settings.objective, tokenizer, recipe.seed, steps=settings.steps, group_size=plan.group_size, memory_module=recipe.model.memory_module, **together
+    )
     flops = size.training_flops_per_row(model.config, plan.length, objective.predicted) if isinstance(model.config, TrimlineConfig) else None
     parameters = size.parameters(model)
 
@@ -59,4 +65,6 @@ def starting_model(recipe: Recipe, tokenizer: Any, length: int) -> Any:
     head: build.Head = "mlm" if recipe.pretrain.objective.kind == "encoder" else "causal"
     model = build.load(recipe.model.from_, head=head, trust_remote_code=recipe.model.trust_remote_code)
     build.check_fits(model, tokenizer, length, recipe.pretrain.document_mask)
+    if isinstance(recipe.pretrain.objective, TrimeSettings):
+        CausalReader(model, recipe.model.memory_module).check()
     return model

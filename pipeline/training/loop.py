@@ -106,6 +106,7 @@ class _Loop:
         config = render(settings.deepspeed, settings, rows=self.rows, world=ranks.size)
         self.device = engines.start()
         assert distributed.get_world_size() == ranks.size, f"{distributed.get_world_size()} ranks joined, {ranks.size} expected"
+        self.figures: frozenset[str] = getattr(trainee, "figures", frozenset())
         self.side = _outside(trainee, self.device)
         self.side_optimizer = self.side.optimizer() if self.side is not None else None
         if settings.activation_checkpointing:
@@ -191,10 +192,12 @@ class _Loop:
         targets = [self.trainee.targets(batch) for batch in micro_batches]
         if not self.names:
             self.names = sorted(targets[0])
-            unknown = sorted(set(self.loss_weights) - set(self.names))
+            trained = [name for name in self.names if name not in self.figures]
+            unknown = sorted(set(self.loss_weights) - set(trained))
             if unknown:
-                raise UserError(f"loss_weights: no loss is called {', '.join(unknown)}; the losses here are {', '.join(self.names)}")
-            self.weights = torch.tensor([self.loss_weights.get(name, 1.0) for name in self.names], device=self.device)
+                raise UserError(f"loss_weights: no loss is called {', '.join(unknown)}; the losses here are {', '.join(trained)}")
+            self.loss_weights = dict.fromkeys(self.names, 0.0) | dict.fromkeys(trained, 1.0) | self.loss_weights
+            self.weights = torch.tensor([self.loss_weights[name] for name in self.names], device=self.device)
         counts = torch.stack([torch.stack([found[name].to(self.device, torch.int64) for name in self.names]) for found in targets])
         totals = torch.cat([counts.sum(0), _to(np.array([tokens, bool(stop)], dtype=np.int64), self.device)])
         distributed.all_reduce(totals)
@@ -229,7 +232,7 @@ class _Loop:
         records: list[dict[str, Any]] = []
         for (record, _), losses, (norm, _) in zip(self.pending, values, rest, strict=True):
             by_name = dict(zip(self.names, losses, strict=True))
-            total = sum(self.loss_weights.get(name, 1.0) * loss for name, loss in by_name.items())
+            total = sum(self.loss_weights[name] * loss for name, loss in by_name.items())
             self._check_finite(record, by_name, norm)
             records.append({"step": record["step"], "loss": total, "losses": by_name, "lr": record["lr"], "grad_norm": norm, "side": record["side"]})
         tokens = round(sum(tokens for _, tokens in rest))

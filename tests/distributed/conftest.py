@@ -55,3 +55,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str,
         return Launched(done.returncode, done.stdout + done.stderr, json.loads(results.read_text()) if results.exists() else {})
 
     return run
+
+
+@pytest.fixture(scope="session")
+def launch_ranks() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs any script on ranks: (script, arguments, ranks)."""
+    return launch_script

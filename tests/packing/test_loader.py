@@ -98,6 +98,39 @@ def test_the_document_mask_changes_nothing_else(loader):
     assert ((masked["document_ids"] >= 0) == (masked["attention_mask"] == 1)).all()
 
 
+def test_places_say_where_in_its_document_each_token_stands(loader, make_tokenizer):
+    plain, placed = loader(PAIRS, kind="decoder"), loader(PAIRS, kind="decoder", places=True)
+    rows = placed.rows(np.array([1, 3, -1]))
+    # rows of 10: document 0 has segments 0 to 2, document 1 has 3
+    assert rows["document"].tolist() == [[0] * 10, [1] * 3 + [-1] * 7, [-1] * 10]
+    assert rows["offset"].tolist() == [list(range(10, 20)), [0, 1, 2] + [-1] * 7, [-1] * 10]
+    assert set(placed.batch(0)) - set(plain.batch(0)) == {"document", "offset"}
+    rows = loader(document_mask=True, places=True).rows(np.array([3]))  # an encoder's: [cls], the last token of 0, 3 of 1, 4 of 3, [sep]
+    assert rows["document"].tolist() == [[-1, 0, 1, 1, 1, 3, 3, 3, 3, -1]]
+    assert rows["offset"].tolist() == [[-1, 24, 0, 1, 2, 0, 1, 2, 3, -1]]
+    assert rows["document_ids"].tolist() == [[0, 0, 1, 1, 1, 2, 2, 2, 2, 2]]
+
+
+QUADS = PackSettings(length=10, segments="within", min_tokens=2, groups="consecutive", group_size=4)
+
+
+@pytest.mark.parametrize(("together", "world"), [(2, 2), (4, 4), (2, 4)])
+def test_ranks_that_share_groups_hold_consecutive_parts_of_the_same_groups(loader, together, world):
+    whole, shared = loader(QUADS).batch(1), loader(QUADS, ranks_per_group=together)
+    assert shared.unit == 4 // together
+    parts = [shared.batch(1, rank, world) for rank in range(world)]
+    teams = [parts[first : first + together] for first in range(0, world, together)]
+    for team in teams:
+        assert all((part["group"] == team[0]["group"]).all() for part in team)
+    groups = [np.concatenate([part["segment"].reshape(-1, shared.unit) for part in team], axis=1) for team in teams]
+    assert np.concatenate(groups).reshape(-1).tolist() == whole["segment"].tolist()
+
+
+def test_ranks_that_share_too_few_groups_are_refused(loader):
+    with pytest.raises(UserError, match="6 ranks share 2 groups in a batch: every 2 need one; use at most 4 ranks"):
+        loader(QUADS, ranks_per_group=2).batch(0, 0, 6)
+
+
 @hypothesis_settings(deadline=None)  # the first call compiles
 @given(step=st.integers(0, 40), world=st.integers(1, 4), settings=st.sampled_from([ACROSS, PAIRS]))
 def test_the_ranks_together_see_the_plans_order_whatever_their_number(loader, step, world, settings):
