@@ -110,7 +110,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerFast,
     settings: EvaluateSettings,
     *,
-    length: int,
+    row_length: int | None,
     within_documents: bool,
     store: Searched | None = None,
     encoder: CausalReader | None = None,
@@ -120,13 +120,13 @@ def evaluate(
 ) -> Tested:
     """Each memory of the settings on the same test documents, with values tuned once on the development documents.
 
-    length: tokens of a row in training, which default windows are made of. within_documents: where the settings leave it open.
+    row_length: tokens of a row in training, which default windows are made of. within_documents: where the settings leave it open.
     store, encoder, scratch, identity: as in `statistics.measure`.
     Raises UserError when there are too few held-out documents.
     """
     split = documents(held_out.lengths, settings)
     development, tested = (Text.of(held_out, numbers, settings.max_document_tokens) for numbers in split)
-    block, context = settings.windowed(length)
+    block, context = settings.windowed(row_length)
     how = Measurement(
         block,
         context,

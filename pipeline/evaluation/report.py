@@ -119,7 +119,8 @@ def _notes(report: Report) -> list[str]:
     held_out, latency, notes = report["held_out"], report["latency"], []
     if held_out:
         rows = f"{held_out['segments']:,} of {held_out['of_segments']:,} held-out segments"
-        notes.append(f"Perplexity over {held_out['targets']:,} predicted tokens in {rows}.")
+        alone = ", without memory" if held_out["objective"] not in ("mlm", "causal") else ""
+        notes.append(f"Perplexity over {held_out['targets']:,} predicted tokens in {rows}{alone}.")
     notes += _memory_notes(report["memories"]) if report.get("memories") else []
     if latency:
         spread = "; ".join(f"{model} {t['lower_quartile']:.1f} to {t['upper_quartile']:.1f} ms" for model, t in latency["milliseconds"].items())

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, field_validator, model_validator
 
 from pipeline.memory.kinds import Memory
+from pipeline.memory.settings import IndexWindowSettings
 from pipeline.settings import Settings, setting
 
 
@@ -17,9 +18,10 @@ class LatencySettings(Settings):
     threads: int | None = setting(None, "CPU threads; default: PyTorch's.", ge=1)
 
 
-class WindowSettings(Settings):
+class WindowSettings(IndexWindowSettings):
+    """How the text is read when it is scored."""
+
     block: int | None = setting(None, "Tokens scored in one window; default: half of pack.length.", unit="tokens", ge=1)
-    context: int | None = setting(None, "Tokens before them that are read again; default: half of pack.length.", unit="tokens", ge=0)
 
 
 class LongSettings(Settings):
@@ -106,10 +108,9 @@ class EvaluateSettings(Settings):
         """Whether some memory needs a datastore."""
         return any("external" in memory for memory in self.memories)
 
-    def windowed(self, length: int) -> tuple[int, int]:
-        """Block and context, in tokens, for a model whose rows have `length`. Raises ValueError when long memory could hold nothing."""
-        block = self.window.block or max(length // 2, 1)
-        context = length // 2 if self.window.context is None else self.window.context
+    def windowed(self, row_length: int | None) -> tuple[int, int]:
+        """Block and context, in tokens, for rows of so many. Raises ValueError when long memory could hold nothing."""
+        block, context = self.window.resolved(row_length)
         self.check_long(context)
         return block, context
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ import torch
 from pipeline import objectives
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.corpus.store import Store
-from pipeline.evaluation import perplexity, speed
+from pipeline.evaluation import memories, perplexity, speed
 from pipeline.evaluation import report as reports
-from pipeline.models import build, size
+from pipeline.memory.external import External
+from pipeline.models import build, identity, size
+from pipeline.models.causal_reader import CausalReader
 from pipeline.models.modeling_trimline import TrimlineConfig
+from pipeline.objectives.settings import CausalSettings
 from pipeline.packing.loader import Loader
-from pipeline.packing.plan import Plan
+from pipeline.packing.plan import Plan, tokenizer_identity
+from pipeline.recipe import PretrainSettings
 from pipeline.tasks import metrics
 from pipeline.tasks.task import Task
 from pipeline.workflow import Work
@@ -26,16 +31,30 @@ FINETUNED, PRUNED = "fine-tuned", "pruned"
 def run(work: Work) -> dict[str, Any]:
     if not work.ranks.first:  # one process measures
         return {}
-    settings = work.recipe.evaluate
+    recipe, settings = work.recipe, work.recipe.evaluate
     assert settings is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report: reports.Report = {"name": work.recipe.name, "stages": _stages(work), "held_out": None, "task": None, "models": {}, "latency": None}
-    if work.recipe.pretrain:
-        print("evaluate: the pretrained model on held-out text", flush=True)
-        report["held_out"] = _held_out(work, report, device)
-    if work.recipe.finetune:
+    report: reports.Report = {
+        "name": recipe.name,
+        "stages": _stages(work),
+        "held_out": None,
+        "memories": None,
+        "task": None,
+        "models": {},
+        "latency": None,
+    }
+    if recipe.pretrain or settings.memory:
+        model = _pretrained(work)
+        report["models"]["pretrained"] = _counts(model)
+        if recipe.pretrain:
+            print("evaluate: the pretrained model on held-out text", flush=True)
+            report["held_out"] = _held_out(work, recipe.pretrain, model, device)
+        if settings.memory:
+            print(f"evaluate: the pretrained model with {', '.join(settings.memory)}", flush=True)
+            report["memories"] = _memories(work, model, device)
+    if recipe.finetune:
         models = {FINETUNED: _load(work, "finetune")}
-        if work.recipe.prune:
+        if recipe.prune:
             models[PRUNED] = _load(work, "prune")
         report["models"] |= {name: _counts(model) for name, model in models.items()}
         tokenizer = tokenizers.load(work.input("finetune") / "model")
@@ -50,27 +69,35 @@ def run(work: Work) -> dict[str, Any]:
     return reports.headline(report)
 
 
-def _held_out(work: Work, report: reports.Report, device: torch.device) -> dict[str, Any] | None:
-    """The pretrained model's loss on the validation split; None where nothing was held out."""
+def _pretrained(work: Work) -> Any:
+    pretrain = work.recipe.pretrain
+    head: build.Head = "mlm" if pretrain and pretrain.objective.kind == "encoder" else "causal"
+    return build.load(_model_directory(work), head=head, trust_remote_code=work.recipe.model.trust_remote_code)
+
+
+def _model_directory(work: Work) -> Path:
+    """What pretrain made, or the model that stands in for it."""
+    return work.input("pretrain") / "model" if work.recipe.pretrain else Path(work.recipe.model.from_ or "")
+
+
+def _held_out(work: Work, pretrain: PretrainSettings, model: Any, device: torch.device) -> dict[str, Any] | None:
+    """The pretrained model's loss on the validation split, a decoder's without any memory; None where nothing was held out."""
     recipe, settings = work.recipe, work.recipe.evaluate
-    assert recipe.pretrain is not None
     assert settings is not None
-    head: build.Head = "mlm" if recipe.pretrain.objective.kind == "encoder" else "causal"
-    model = build.load(work.input("pretrain") / "model", head=head, trust_remote_code=recipe.model.trust_remote_code)
-    report["models"]["pretrained"] = _counts(model)
     plan = Plan.open(work.input("pack") / "valid")
     if not len(plan.groups):
         return None
     tokenizer, store = tokenizers.load(work.input("tokenize") / "tokenizer"), Store.open(work.input("tokenize") / "valid")
-    objective = objectives.build(recipe.pretrain.objective, tokenizer, recipe.seed)
-    loader = Loader(plan, store, tokenizer, plan.group_size, recipe.seed, document_mask=recipe.pretrain.document_mask)
+    of_what = pretrain.objective if pretrain.objective.kind == "encoder" else CausalSettings()
+    objective = objectives.build(of_what, tokenizer, recipe.seed)
+    loader = Loader(plan, store, tokenizer, plan.group_size, recipe.seed, document_mask=pretrain.document_mask)
     found = perplexity.score(model, objective, loader, batch_size=settings.batch_size, max_segments=settings.max_segments, device=device)
     bits = None
-    if recipe.pretrain.objective.kind == "decoder":
+    if of_what.kind == "decoder":
         text_bytes = json.loads((work.input("tokenize") / "corpus.json").read_text())["valid_bytes"]
         bits = found.bits_per_byte(int(store.lengths.sum()), text_bytes)
     return {
-        "objective": recipe.pretrain.objective.name,
+        "objective": pretrain.objective.name,
         "loss": found.loss,
         "perplexity": found.perplexity,
         "bits_per_byte": bits,
@@ -78,6 +105,34 @@ def _held_out(work: Work, report: reports.Report, device: torch.device) -> dict[
         "segments": found.segments,
         "of_segments": found.of_segments,
     }
+
+
+def _memories(work: Work, model: Any, device: torch.device) -> dict[str, Any]:
+    """The pretrained model on held-out documents with each memory that is asked for."""
+    recipe, settings = work.recipe, work.recipe.evaluate
+    assert settings is not None
+    tokenizer, directory = tokenizers.load(work.input("tokenize") / "tokenizer"), _model_directory(work)
+    build.check_fits(model, tokenizer, sum(settings.windowed(recipe.row_length)))
+    reader = CausalReader(model, recipe.model.memory_module)
+    reader.check()
+    external = None
+    if settings.searches:
+        place = settings.datastore or work.input("index") / "datastore"
+        external = External.open(place, directory, tokenizer_identity(tokenizer), trust_remote_code=recipe.model.trust_remote_code)
+    tested = memories.evaluate(
+        reader,
+        Store.open(work.input("tokenize") / "valid"),
+        tokenizer,
+        settings,
+        row_length=recipe.row_length,
+        within_documents=recipe.pack is None or recipe.pack.segments != "across",
+        store=external.store if external else None,
+        encoder=external.encoder if external else None,
+        device=device,
+        scratch=work.scratch / "memories",
+        identity=f"{identity.fingerprint(directory)} {recipe.model.memory_module} {external and external.identity}",
+    )
+    return tested.report()
 
 
 def _load(work: Work, stage: str) -> Any:

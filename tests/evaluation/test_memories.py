@@ -1,5 +1,6 @@
 """A model tested with each memory: the same documents, values from others, figures that are the losses'."""
 
+import itertools
 import math
 
 import numpy as np
@@ -61,7 +62,7 @@ class Entries:
 
 def evaluate(reader, held_out, scratch=None, **settings):
     chosen = EvaluateSettings.model_validate({"memory": ALL, "external": {"k": [1, 4]}, "batch_size": 8, "long": {"size": 64}} | settings)
-    return memories.evaluate(reader, held_out, word_tokenizer(), chosen, length=16, within_documents=True, store=Entries(), scratch=scratch)
+    return memories.evaluate(reader, held_out, word_tokenizer(), chosen, row_length=16, within_documents=True, store=Entries(), scratch=scratch)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_there_is_a_row_for_each_memory_and_for_the_interpolated_form(tested):
 def test_without_memory_it_is_the_plain_loss_of_the_same_windows(tested, reader):
     losses = []
     bounds = tested.text.beginnings()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         for first in range(start + 1, end, 8):
             begin, stop = max(first - 8, start), min(first + 8, end)
             with torch.no_grad():
@@ -151,7 +152,7 @@ def test_without_development_documents_what_was_not_given_is_said_to_be_untuned(
 def test_tuning_does_not_look_at_the_test_documents(reader, held_out, tmp_path):
     """Other test documents, the same values."""
     draws = np.random.default_rng(5)
-    development, test = memories.documents(held_out.lengths, EvaluateSettings())
+    _, test = memories.documents(held_out.lengths, EvaluateSettings())
     with Writer(tmp_path / "00000", np.uint16) as writer:
         for number in range(len(held_out)):
             tokens = held_out.read(number)
