@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import itertools
 import json
 import logging
 import re
@@ -17,6 +19,7 @@ from pipeline.errors import UserError
 
 _ROWS = 256
 """Rows taken from `datasets` at a time."""
+_TITLE = re.compile("= [^=].*[^=] =|= [^=] =")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\ud800-\udfff]")
 
 
@@ -56,6 +59,9 @@ def _read_file(path: Path, column: str) -> Iterator[Document]:
 
     builder = sources.builder(path)
     options: dict[str, Any] = {}
+    if builder == sources.WIKITEXT:
+        yield from _read_wikitext(path)
+        return
     if builder == "text":
         column, options = "text", {"sample_by": "paragraph"}
     elif builder == "csv":  # other columns are not parsed: theirs may be of any type
@@ -73,6 +79,23 @@ def _read_file(path: Path, column: str) -> Iterator[Document]:
         raise
     except Exception as error:  # datasets, pyarrow and pandas each raise their own kinds
         raise _explained(path, builder, column, error) from error
+
+
+def _read_wikitext(path: Path) -> Iterator[Document]:
+    """A document an article: each begins with a line `= Title =` between empty lines."""
+    article: list[str] = []
+    number, before = 1, ""
+    try:
+        with io.TextIOWrapper(_opened(path), encoding="utf-8", newline="\n") as file:
+            for line, after in itertools.pairwise(itertools.chain(file, [""])):
+                if _TITLE.fullmatch(line.strip()) and not before.strip() and not after.strip() and any(map(str.strip, article)):
+                    yield Document("".join(article), f"{path}, document {number}")
+                    article, number = [], number + 1
+                article.append(line)
+                before = line
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise _explained(path, sources.WIKITEXT, "", error) from error
+    yield Document("".join(article), f"{path}, document {number}")
 
 
 def _read_hub(name: str, source: Source) -> Iterator[Document]:

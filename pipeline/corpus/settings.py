@@ -13,7 +13,10 @@ class Source(Settings):
     """Where documents come from: exactly one of `embedded`, `path`, `hub`. A bare string is a path, or `embedded`."""
 
     embedded: bool = setting(False, "Docstrings of the standard library and of the installed dependencies.")
-    path: str | None = setting(None, "File or glob of .jsonl, .txt, .csv or .parquet files, also .gz; in .txt, blank lines part documents.")
+    path: str | None = setting(
+        None,
+        "File or glob of .jsonl, .txt, .tokens (WikiText), .csv or .parquet, also .gz; blank lines part documents in .txt, titles in .tokens.",
+    )
     hub: str | None = setting(None, "Name of a dataset on the Hugging Face hub.")
     subset: str | None = setting(None, "Configuration of the hub dataset.")
     split: str = setting("train", "Split of the hub dataset.")
@@ -58,10 +61,21 @@ class TokenizeSettings(Settings):
 class Specification(Settings):
     """A tokenizer to train. Text is not normalised: whatever is encoded comes back byte for byte (but U+2581, SentencePiece's sign for a space).
 
-    What the vocabulary does not cover, newlines among it, is written as UTF-8 bytes, one token each.
+    What the vocabulary does not cover, newlines among it, is written as UTF-8 bytes, one token each. The kind `words` is another matter:
+    it splits text that is tokenised already, see `pipeline.corpus.words`.
     """
 
-    kind: Literal["unigram", "bpe", "bytes"] = setting(..., "unigram and bpe: SentencePiece; bytes: the 256 bytes, without training.")
-    vocab_size: int = setting(8000, "Size of the vocabulary, 5 special tokens and 256 bytes included; not for bytes.", unit="tokens", gt=261)
+    kind: Literal["unigram", "bpe", "bytes", "words"] = setting(
+        ..., "unigram and bpe: SentencePiece; bytes: the 256 bytes, without training; words: between spaces, most frequent first."
+    )
+    vocab_size: int | None = setting(
+        8000, "Size of the vocabulary, 5 special tokens and 256 bytes included; null, for words: all there are. Not for bytes.", unit="tokens", gt=261
+    )
     character_coverage: float = setting(0.9995, "Share of the sample's characters that get a piece of their own.", gt=0, le=1)
-    sample_megabytes: int = setting(8, "Training text, drawn from the training documents.", unit="MB", ge=1)
+    sample_megabytes: int | None = setting(8, "Training text, drawn from the training documents; null: all of them.", unit="MB", ge=1)
+
+    @model_validator(mode="after")
+    def _sized(self) -> Specification:
+        if self.vocab_size is None and self.kind in ("unigram", "bpe"):
+            raise ValueError(f"a tokenizer of kind {self.kind} needs a vocab_size; null is for words")
+        return self

@@ -16,8 +16,10 @@ from pipeline.corpus.settings import Source, Specification, TokenizeSettings
 from pipeline.errors import UserError
 from pipeline.shipped import shipped
 
-BUILDERS = {".jsonl": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
-"""Extension of a corpus file -> the Hugging Face `datasets` builder that reads it. All but .parquet may be followed by .gz."""
+WIKITEXT = "wikitext"
+BUILDERS = {".jsonl": "json", ".txt": "text", ".tokens": WIKITEXT, ".csv": "csv", ".parquet": "parquet"}
+"""Extension of a corpus file -> the Hugging Face `datasets` builder that reads it; WikiText's we read ourselves. All but .parquet may be followed
+by .gz."""
 
 EMBEDDED_PACKAGES = {
     "torch": "torch",
@@ -40,7 +42,7 @@ def identity(settings: TokenizeSettings) -> list[Any]:
 
     Raises UserError for a source or tokenizer that is missing, empty or of an unknown kind.
     """
-    sources = [_source_identity(source) for source in (*settings.sources, *settings.validation_sources)]
+    sources = [source_identity(source) for source in (*settings.sources, *settings.validation_sources)]
     return [*sources, {"tokenizer": _tokenizer_identity(settings)}]
 
 
@@ -66,7 +68,7 @@ def files(pattern: str) -> list[Path]:
 
 
 def builder(path: Path) -> str:
-    """The `datasets` builder for a corpus file, by its extension."""
+    """What reads a corpus file, by its extension: see BUILDERS."""
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind not in BUILDERS or (kind == ".parquet" and path.suffix == ".gz"):
         known = ", ".join(BUILDERS)
@@ -123,7 +125,8 @@ def specification(path: Path, vocab_size: int | None = None) -> Specification:
         raise UserError(f"{where}: {problem['msg']}{found}; known keys are {', '.join(Specification.model_fields)}") from None
 
 
-def _source_identity(source: Source) -> dict[str, Any]:
+def source_identity(source: Source) -> dict[str, Any]:
+    """What one source is: versions of packages, the name of a dataset, or files by their contents. Raises UserError for a missing file."""
     if source.embedded:
         return {"embedded": embedded_versions()}
     if source.hub is not None:

@@ -87,9 +87,9 @@ def texts(path: Path) -> Iterator[str]:
             yield json.loads(line)
 
 
-def sample(directory: Path, counts: Counts, size: int) -> Iterator[str]:
-    """Training documents of about `size` bytes in all, drawn by the hash of their text."""
-    share = size / max(counts.text_bytes["train"], 1)
+def sample(directory: Path, counts: Counts, size: int | None) -> Iterator[str]:
+    """Training documents of about `size` bytes in all, drawn by the hash of their text; all of them where size is None."""
+    share = 1.0 if size is None else size / max(counts.text_bytes["train"], 1)
     for path in shards(directory, "train"):
         yield from (text for text in texts(path) if fraction(text, "sample") < share)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.corpus import words
 from pipeline.corpus.settings import Specification
 from pipeline.errors import UserError
 
@@ -82,6 +83,9 @@ def train(specification: Specification, texts: Iterable[str], directory: Path) -
         if specification.kind == "bytes":
             _save(_byte_backend(), dict(zip(ROLES, SPECIAL, strict=True)), place, "bytes")
             return
+        if specification.kind == "words":
+            _save(words.backend(texts, SPECIAL, specification.vocab_size), dict(zip(ROLES, SPECIAL, strict=True)), place, "words")
+            return
         model = _train_sentencepiece(specification, texts)
         (place / "spm.model").write_bytes(model)
         backend, roles = _converted(model, directory)
@@ -127,6 +131,7 @@ class Encoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._bulk = tokenizer.init_kwargs.get(_BULK)
+        self._words = {word: number for word, number in self._backend.get_vocab().items() if word not in SPECIAL} if self._bulk == "words" else {}
         self._sentencepiece = None
         if self._bulk == "spm.model" and (directory / self._bulk).is_file():  # an exported model's directory has tokenizer.json only
             import sentencepiece
@@ -141,6 +146,8 @@ class Encoder:
             found: Iterator[list[int]] = (list(itertools.chain.from_iterable(itertools.islice(encoded, len(several)))) for several in parts)
         elif self._bulk == "bytes":
             found = ([byte + len(SPECIAL) for byte in text.encode()] for text in texts)
+        elif self._bulk == "words":
+            found = (words.encode(text, self._words, SPECIAL.index("<unk>")) for text in texts)
         else:
             found = (encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False))
         for ids in found:

@@ -69,9 +69,7 @@ class TrimlineConfig(PretrainedConfig):
         if len(heads_per_layer) != len(ffn_per_layer):
             raise ValueError(f"heads_per_layer names {len(heads_per_layer)} layers, ffn_per_layer {len(ffn_per_layer)}")
         kwargs["num_hidden_layers"] = len(heads_per_layer)
-        self.pad_token_id = pad_token_id
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.head_dim = head_dim

@@ -52,7 +52,8 @@ def make_tokenizer(settings: TokenizeSettings, text: Path, counts: Counts, direc
     if path.suffix in (".yaml", ".yml"):
         specification = sources.specification(path, settings.vocab_size)
         print(f"tokenize: {sum(counts.documents.values()):,} documents read; making the {specification.kind} tokenizer", flush=True)
-        tokenizer.train(specification, spool.sample(text, counts, specification.sample_megabytes * 1_000_000), directory)
+        megabytes = specification.sample_megabytes
+        tokenizer.train(specification, spool.sample(text, counts, megabytes * 1_000_000 if megabytes is not None else None), directory)
     else:
         tokenizer.take(path, directory, spool.sample(text, counts, 1_000_000))
 

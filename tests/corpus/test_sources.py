@@ -17,6 +17,11 @@ def texts_of(path, **options):
     return [document.text for document in documents.read(Source(path=str(path), **options))]
 
 
+WIKITEXT = """ \n = First = \n \n Text , with = signs = \n \n = = A section = = \n
+ = not a title =
+ more text .\n \n = M = 2 = \n \n = = = Deep = = = \n \n End .\n"""
+
+
 def lines(*records):
     return "".join(json.dumps(record) + "\n" for record in records)
 
@@ -59,7 +64,7 @@ def test_identity_imports_nothing_heavy():
 
 def test_every_shipped_specification_is_valid():
     shipped_ones = sorted(shipped("tokenizers").glob("*.yaml"))
-    assert [sources.specification(path).kind for path in shipped_ones] == ["bpe", "bytes", "unigram"]
+    assert [sources.specification(path).kind for path in shipped_ones] == ["bpe", "bytes", "unigram", "words"]
 
 
 def test_globs_are_expanded_in_sorted_order(tmp_path):
@@ -75,9 +80,9 @@ def test_globs_are_expanded_in_sorted_order(tmp_path):
         ({"sources": ("none*.jsonl",)}, r"none\*\.jsonl: no file matches"),
         ({"sources": ("empty.txt",)}, r"empty\.txt: the file is empty"),
         ({"sources": (".",)}, "is a directory"),
-        ({"sources": ("a.docx",)}, r"a\.docx: unknown kind of file '\.docx'; known are \.jsonl, \.txt, \.csv, \.parquet"),
+        ({"sources": ("a.docx",)}, r"a\.docx: unknown kind of file '\.docx'; known are \.jsonl, \.txt, \.tokens, \.csv, \.parquet"),
         ({"sources": ("a.parquet.gz",)}, r"unknown kind of file '\.parquet\.gz'"),
-        ({"tokenizer": "unigran"}, "tokenize.tokenizer 'unigran': no such tokenizer; give one of bpe, bytes, unigram"),
+        ({"tokenizer": "unigran"}, "tokenize.tokenizer 'unigran': no such tokenizer; give one of bpe, bytes, unigram, words"),
         ({"tokenizer": "a.docx"}, r"a\.docx: expected a \.yaml specification"),
         ({"tokenizer": "bad.yaml"}, r"bad\.yaml: vocabsize: .* known keys are kind, vocab_size"),
         ({"tokenizer": "list.yaml"}, r"list\.yaml: expected keys of a tokenizer specification"),
@@ -168,3 +173,15 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused_naming_it(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", absent)
     with pytest.raises(UserError, match="hub dataset some/where, subset x, split train: cannot be read: no route"):
         list(documents.read(Source(hub="some/where", subset="x")))
+
+
+@pytest.mark.parametrize("name", ["wiki.train.tokens", "wiki.train.tokens.gz"])
+def test_a_document_of_wikitext_is_an_article(tmp_path, name):
+    content = WIKITEXT.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    found = texts_of(tmp_path / name)
+    assert [documents.clean(text).split("\n")[0] for text in found] == ["= First = ", "= M = 2 = "]
+    assert "".join(found) == WIKITEXT
+    (tmp_path / name).write_bytes(b" = A = \n\xff")
+    with pytest.raises(UserError, match=r"not (UTF-8 text|a whole gzip file)"):
+        texts_of(tmp_path / name)

@@ -106,6 +106,46 @@ def test_a_vocabulary_smaller_than_its_characters_is_refused(texts, tmp_path):
         tokenizer.train(Specification(kind="bpe", vocab_size=263), texts, tmp_path / "tokenizer")
 
 
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A directory of kind `words`: b and \\n are seen 3 times, a and c twice, d once."""
+    directory = tmp_path_factory.mktemp("words") / "tokenizer"
+    tokenizer.train(Specification(kind="words", vocab_size=None), ["b c a\n\n b <unk> ", "c b\na d </s>"], directory)
+    return directory
+
+
+def test_words_are_numbered_by_falling_frequency_then_by_text(words):
+    fast = tokenizer.load(words)
+    assert fast.convert_ids_to_tokens(list(range(len(fast)))) == ["<pad>", "<unk>", "<s>", "</s>", "<mask>", "\n", "b", "a", "c", "d"]
+    roles = [fast.pad_token_id, fast.unk_token_id, fast.cls_token_id, fast.bos_token_id, fast.sep_token_id, fast.eos_token_id, fast.mask_token_id]
+    assert roles == [0, 1, 2, 2, 3, 3, 4]
+
+
+def test_words_stand_between_spaces_every_line_end_is_one_and_others_are_unknown(words):
+    (ids,) = tokenizer.Encoder(words).encode(["\n a  b, b\n\n<unk> c </s> <mask>"])
+    assert ids.tolist() == [5, 7, 1, 6, 5, 5, 1, 8, 1, 1, 3]
+    assert tokenizer.load(words).decode([7, 8, 5, 5, 6, 9]) == "a c\n\nb d"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.one_of(TEXT, st.lists(st.sampled_from([*"abcd \n\t\r\x1c\x85\u3000", *SPECIAL_LOOKING])).map("".join)), max_size=3))
+def test_bulk_encoding_of_words_gives_autotokenizers_ids(words, texts):
+    fast = tokenizer.load(words)
+    assert [ids.tolist() for ids in tokenizer.Encoder(words).encode(texts)] == [
+        [*fast(text, add_special_tokens=False)["input_ids"], 3] for text in texts
+    ]
+
+
+def test_a_vocabulary_of_words_holds_the_most_frequent(texts, tmp_path):
+    many = [" ".join(f"w{number}" for number in range(400) for _ in range(1 + number % 3)) for _ in range(2)]
+    tokenizer.train(Specification(kind="words", vocab_size=300), many, tmp_path / "words")
+    fast = tokenizer.load(tmp_path / "words")
+    assert len(fast) == 300
+    assert {int(token[1:]) % 3 for token in fast.convert_ids_to_tokens(list(range(5, 5 + 133)))} == {2}
+    with pytest.raises(ValueError, match="kind bpe needs a vocab_size"):
+        Specification(kind="bpe", vocab_size=None)
+
+
 def model_file(path, texts, **options):
     model = io.BytesIO()
     lines = [line for text in texts for line in text.split("\n") if line]
