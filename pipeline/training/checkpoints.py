@@ -198,7 +198,7 @@ class Checkpoints:
         for group, values in zip(optimizer.param_groups, hyperparameters, strict=True):
             group.update(values)
         for parameter, state in optimizer.state.items():
-            state["step"] = torch.as_tensor(state["step"]).to(parameter.device if optimizer.defaults["fused"] else "cpu", copy=True)
+            state["step"] = torch.as_tensor(state["step"]).to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
 
 
 @contextlib.contextmanager

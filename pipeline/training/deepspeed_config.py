@@ -25,8 +25,8 @@ FROM_RECIPE = {
 """What only the recipe says; in the file it is "auto" or left out."""
 
 REFUSED = {
-    "optimizer": "the recipe's lr, betas, eps and weight_decay describe the optimiser",
-    "scheduler": "the recipe's schedule, warmup_ratio and min_lr_ratio describe it",
+    "optimizer": "the recipe's lr, optimizer, betas, eps, momentum and weight_decay describe it",
+    "scheduler": "the recipe's schedule, warmup_ratio, warmup_from and min_lr_ratio describe it",
     "activation_checkpointing": "the recipe's activation_checkpointing says it",
     "checkpoint": "Trimline writes and reads the checkpoints",
     "fp16": "fp16 needs loss scaling, which skips steps; use bf16 (a config whose name ends in -bf16)",
@@ -69,6 +69,7 @@ def render(name_or_path: str, settings: TrainSettings, *, rows: int, world: int)
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": settings.batch_size // (rows * world),
         "gradient_clipping": settings.gradient_clipping,
+        **({"zero_allow_untested_optimizer": True} if settings.optimizer != "adamw" else {}),  # DeepSpeed lists those it has tried
     }
 
 

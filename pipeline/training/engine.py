@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.training.nesterov import Nesterov
 from pipeline.training.settings import TrainSettings
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -63,7 +64,7 @@ def _free_port() -> int:
 
 
 def build(trainee: nn.Module, config: dict[str, Any], settings: TrainSettings) -> Any:
-    """A `deepspeed.DeepSpeedEngine` around the trainee, with AdamW; weights are those of rank 0.
+    """A `deepspeed.DeepSpeedEngine` around the trainee, with the recipe's optimiser; weights are those of rank 0.
 
     config: from `deepspeed_config.render`. Weight decay is on tensors of two or more dimensions only.
     """
@@ -74,9 +75,13 @@ def build(trainee: nn.Module, config: dict[str, Any], settings: TrainSettings) -
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    zero = config.get("zero_optimization", {})
-    fused = torch.cuda.is_available() and "offload_optimizer" not in zero
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+    groups = [group for group in groups if group["params"]]
+    optimizer: torch.optim.Optimizer
+    if settings.optimizer == "nesterov":
+        optimizer = Nesterov(groups, lr=settings.lr, momentum=settings.momentum)
+    else:
+        fused = torch.cuda.is_available() and "offload_optimizer" not in config.get("zero_optimization", {})
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
     with quiet():
         engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from pipeline.settings import Settings, setting
 
@@ -14,9 +16,14 @@ class TrainSettings(Settings):
     micro_batch_size: int = setting(32, "Most rows of one forward pass on a rank; accumulation follows from it.", unit="rows", ge=1, result=False)
     lr: float = setting(5e-4, "Peak learning rate.", gt=0)
     min_lr_ratio: float = setting(0.0, "Final learning rate over the peak.", ge=0, le=1)
-    schedule: Literal["linear", "cosine", "constant"] = setting("linear", "Decay after warm-up.")
+    schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = setting(
+        "linear", "Decay after warm-up; inverse_sqrt: with the square root of the steps over those of the warm-up."
+    )
     warmup_ratio: float = setting(0.06, "Share of the steps that the learning rate rises linearly.", ge=0, lt=1)
-    weight_decay: float = setting(0.01, "AdamW weight decay, on matrices only.", ge=0)
+    warmup_from: float = setting(0.0, "Learning rate that the warm-up starts from, over the peak.", ge=0, le=1)
+    optimizer: Literal["adamw", "nesterov"] = setting("adamw", "adamw, or nesterov: gradient descent with Nesterov's momentum.")
+    momentum: float = setting(0.99, "Nesterov's momentum.", ge=0, lt=1)
+    weight_decay: float = setting(0.01, "Decoupled weight decay, on matrices only.", ge=0)
     betas: tuple[float, float] = setting((0.9, 0.98), "AdamW moment decays.")
     eps: float = setting(1e-6, "AdamW epsilon.", gt=0)
     gradient_clipping: float = setting(1.0, "Largest global gradient norm; 0 never clips.", ge=0)
@@ -26,3 +33,9 @@ class TrainSettings(Settings):
     log_every: int = setting(10, "Steps between lines of the log.", unit="steps", ge=1, result=False)
     checkpoint_every: int = setting(500, "Steps between checkpoints.", unit="steps", ge=1, result=False)
     keep_checkpoints: int = setting(2, "Newest checkpoints kept while training.", ge=1, result=False)
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.schedule == "inverse_sqrt" and not self.warmup_ratio:
+            raise ValueError("schedule inverse_sqrt falls by the steps of the warm-up: set warmup_ratio above 0")
+        return self

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
+MOVED = ("zero1", "zero3")
 STEPS = 6
 LONG = {"steps": 8, "trainee": {"dropout": 0.1}, "settings": {"deepspeed": "zero1", "checkpoint_every": 2}}
 """With dropout, and a checkpoint after steps 2, 4, 6 and 8."""
+NESTEROV = {"optimizer": "nesterov", "momentum": 0.8, "lr": 0.1, "weight_decay": 0.0}
 
 
 class Payload:
@@ -89,6 +91,9 @@ def two_ranks(place: Path, launch: Callable[..., Any]) -> Any:
     trainings += [training(place, "long", **LONG)]
     trainings += [training(place, "recomputed", **LONG | {"settings": {"deepspeed": "zero1", "activation_checkpointing": True}})]
     trainings += [training(place, f"stopped-{stage}", settings={"deepspeed": stage}, actions=stop_at(2, rank=1)) for stage in STAGES]
+    trainings += [training(place, f"nesterov-{stage}", settings={"deepspeed": stage, **NESTEROV}) for stage in (*STAGES, "zero1-bf16")]
+    moved = [training(place, f"nesterov-moved-{stage}", settings={"deepspeed": stage, **NESTEROV}, actions=stop_at(2, rank=1)) for stage in MOVED]
+    trainings += moved
     trainings += [training(place, "terminated", actions=stop_at(1, rank=0, signal="SIGTERM"), let_stop=True)]
     return launch(trainings, 2)
 
@@ -112,6 +117,7 @@ def one_rank(place: Path, two_ranks: Any, launch: Callable[..., Any]) -> Any:
     trainings += [training(place, "other-data", settings=zero0, fingerprint="other"), training(place, "other-stage", settings={"deepspeed": "zero2"})]
     trainings += [training(place, name, settings=zero0) for name in ("forged", "forged-trainee")]
     trainings += [training(place, "diverges", settings=zero0 | {"checkpoint_every": 2, "log_every": 50}, trainee={"bad_from": 3})]
+    trainings += [training(place, f"nesterov-moved-{stage}", settings={"deepspeed": stage, **NESTEROV}) for stage in MOVED]
     trainings += [training(place, "zero0-again", settings=zero0, trainee={"side": False})]
     return launch(trainings, 1)
 
@@ -138,6 +144,21 @@ def test_two_ranks_with_accumulation_and_unequal_targets_train_as_plain_torch_on
     assert list(found) == list(weights)
     for name, tensor in weights.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*(f"nesterov-{stage}" for stage in STAGES), *(f"nesterov-moved-{stage}" for stage in MOVED)])
+def test_nesterovs_momentum_trains_as_plain_torchs_on_any_stage_and_moves_to_another_number_of_ranks(name, place, toy, two_ranks, one_rank):
+    assert (one_rank if "moved" in name else two_ranks).results[name]["outcome"] == "done", one_rank.output
+    expected, weights, _ = toy.reference(STEPS, **NESTEROV)
+    for found, reference in zip(losses(place / name), expected, strict=True):
+        assert found == pytest.approx(reference, abs=1e-4)
+    if (place / name / "weights.pt").exists():
+        torch.testing.assert_close(torch.load(place / name / "weights.pt")["inner.weight"], weights["inner.weight"], atol=1e-5, rtol=1e-5)
+
+
+def test_nesterovs_momentum_learns_in_bf16(place, two_ranks):
+    found = losses(place / "nesterov-zero1-bf16")
+    assert found[-1]["first"] < found[0]["first"]
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "zero3-offload"])

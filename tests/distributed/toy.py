@@ -125,13 +125,16 @@ class Batches:
         return {"input_ids": ids[mine], "attention_mask": mask[mine]}
 
 
-def reference(steps: int) -> tuple[list[dict[str, float]], dict[str, Tensor], Tensor]:
+def reference(steps: int, **changes: Any) -> tuple[list[dict[str, float]], dict[str, Tensor], Tensor]:
     """The same training written out in plain torch on the whole batch: losses by step, final weights, the gate."""
-    trainee, settings = Trainee(), TrainSettings(**SETTINGS)
+    trainee, settings = Trainee(), TrainSettings(**SETTINGS | changes)
     matrices = [p for p in trainee.model.parameters() if p.ndim >= 2]
     vectors = [p for p in trainee.model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    if settings.optimizer == "nesterov":
+        optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
     side_optimizer = trainee.side.optimizer()
     history = []
     for step in range(steps):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from pipeline.training.schedules import learning_rate
@@ -27,3 +29,23 @@ def test_cosine_decay_is_half_way_down_in_the_middle():
 
 def test_constant_stays_at_the_peak_whatever_the_floor():
     assert rates(5, warmup_ratio=0.2, schedule="constant", min_lr_ratio=0.1) == [1.0] * 5
+
+
+def test_inverse_square_root_is_half_the_peak_at_four_times_the_warm_up():
+    found = rates(100, warmup_ratio=0.1, schedule="inverse_sqrt")
+    assert found[9] == 1.0
+    assert found[39] == pytest.approx(0.5)
+    assert found[89] == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="set warmup_ratio above 0"):
+        TrainSettings(schedule="inverse_sqrt", warmup_ratio=0)
+
+
+def test_warm_up_rises_from_the_share_asked_for():
+    assert rates(10, warmup_ratio=0.4, warmup_from=0.2)[:5] == pytest.approx([0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_a_cosine_after_warm_up_is_fairseqs_of_one_period():
+    period, warmup, floor = 270, 16, 1e-4
+    found = rates(warmup + period, warmup_ratio=warmup / (warmup + period), schedule="cosine", min_lr_ratio=floor)
+    for update in (16, 100, 285):
+        assert found[update] == pytest.approx(floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * (update - warmup) / period)))
