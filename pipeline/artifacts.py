@@ -31,7 +31,7 @@ FORMAT = 1
 """Raised when an artifact's contents change meaning: every fingerprint changes with it."""
 
 MANIFEST = "manifest.json"
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy", "faiss-cpu")
 
 
 class PlaceError(UserError):
@@ -107,12 +107,8 @@ class Artifact:
     @classmethod
     def open(cls, path: Path, *, check_contents: bool = False) -> Artifact:
         """Raises UserError when the manifest is unreadable, or a file is missing, resized or (check_contents) altered."""
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-            manifest["fingerprint"], manifest["metrics"], manifest["settings"], manifest["inputs"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path / MANIFEST}: not a readable manifest ({error!r}); remove {path} and run the stage again") from None
+        manifest = _manifest(path)
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         for name, (size, digest) in files.items():
             file = path / name
             found = file.stat().st_size if file.is_file() else None
@@ -122,6 +118,16 @@ class Artifact:
             if check_contents and sha256(file) != digest:
                 raise UserError(f"{file} was altered since it was made; remove {path} and run the stage again")
         return cls(path, manifest)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        _ = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
+        manifest["fingerprint"], manifest["metrics"], manifest["settings"], manifest["inputs"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / MANIFEST}: not a readable manifest ({error!r}); remove {path} and run the stage again") from None
+    return manifest
 
 
 def find(directory: Path, stage: str, digest: str) -> Artifact | None:
@@ -237,6 +243,19 @@ def publish(
     os.rename(partial, final)
     sync(final.parent)
     return Artifact(final, manifest)
+
+
+def revise(path: Path, below: str, files: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Bring the manifest of a published artifact up to date with a directory in it that was changed on purpose.
+
+    files: everything in that directory, by its path there, with `bytes` and `sha256`; None: to be found out.
+    """
+    manifest = _manifest(path)
+    kept = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{below}/")}
+    for name, entry in files.items():
+        file = path / below / name
+        kept[f"{below}/{name}"] = dict(entry) if entry else {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    write_json(path / MANIFEST, {**manifest, "files": dict(sorted(kept.items()))})
 
 
 def write_json(path: Path, content: Any) -> None:

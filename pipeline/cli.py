@@ -107,6 +107,7 @@ def _stage_command(stage: str, does: str) -> None:
 _stage_command("tokenize", "Documents -> tokenizer and token store.")
 _stage_command("pack", "Token store -> plan of segments and groups.")
 _stage_command("pretrain", "Plan -> pretrained model.")
+_stage_command("index", "Causal model and documents -> datastore of keys and values.")
 _stage_command("finetune", "Pretrained model -> model of a task.")
 _stage_command("prune", "Model of a task -> smaller model of the task.")
 _stage_command("evaluate", "Every model made -> report.")
@@ -185,6 +186,104 @@ def _packed(path: Path, overrides: list[str] | None) -> Path:
     if step.artifact is None:
         raise UserError(f"{path}: its plan is not made ({step.why}); run trimline pack first")
     return step.artifact.path
+
+
+datastore = typer.Typer(help="Look at a datastore; add documents to it or withdraw them, without training.", no_args_is_help=True)
+app.add_typer(datastore, name="datastore")
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="What the index stage made, or the datastore in it.")]
+
+
+@datastore.command()
+def info(
+    directory: Directory,
+    find: Annotated[str, typer.Option(metavar="TEXT", help="List the documents that begin with words holding TEXT, or came from such a place.")] = "",
+) -> None:
+    """What a datastore holds, and which documents have a text."""
+    with _told():
+        from pipeline import terminal
+        from pipeline.memory import description
+
+        place = description.locate(directory)
+        description.complete(place)
+        about = description.read(place)
+        description.check_sizes(place, about)
+        terminal.datastore(place, about)
+        if find:
+            from pipeline.memory import documents
+
+            terminal.documents(list(documents.search(place / documents.NAME, find)), f"with {find!r}")
+
+
+@datastore.command()
+def add(
+    directory: Directory,
+    source: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files or globs of documents, as in a recipe's sources.")],
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="The model that made the keys, where it is not where it was.")] = None,
+    text: Annotated[str, typer.Option(metavar="COLUMN", help="Column that holds a document's text.")] = "text",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that lies in the model's directory.")] = False,
+) -> None:
+    """Index further documents; those that are there already are passed over."""
+    with _told():
+        from pipeline import terminal
+        from pipeline.corpus.settings import Source
+        from pipeline.memory import changes
+        from pipeline.models.device import of_rank
+
+        sources = [Source(path=path, text=text) for path in source]
+        found = changes.add(directory, sources, model=model, trust_remote_code=trust_remote_code, device=of_rank(0))
+        terminal.documents(found, "added")
+
+
+@datastore.command()
+def remove(
+    directory: Directory,
+    document: Annotated[list[int] | None, typer.Argument(metavar="[DOCUMENT]...", help="Numbers of documents, as info --find tells them.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A file that holds the text of a document; may be given again.")] = None,
+) -> None:
+    """Withdraw documents: nothing of them can be retrieved afterwards, and their keys and values are overwritten."""
+    with _told():
+        from pipeline import terminal
+        from pipeline.errors import UserError
+        from pipeline.memory import changes
+
+        if not document and not text:
+            raise UserError("name a document by its number, or by --text FILE; trimline datastore info DIR --find TEXT tells the numbers")
+        terminal.documents(changes.remove(directory, document or [], text or []), "withdrawn")
+
+
+@app.command(name="generate")
+def generate_text(
+    path: Annotated[Path, typer.Argument(metavar="RECIPE|MODEL_DIR", help="A recipe whose model is made, or the directory of any causal model.")],
+    overrides: Overrides = None,
+    prompt: Annotated[str, typer.Option(help="What the text begins with, of any length; - reads standard input.")] = "",
+    memory: Annotated[str, typer.Option(help="What the model may look back at, such as local+long+external: see evaluate.memory.")] = "none",
+    datastore: Annotated[Path | None, typer.Option(metavar="DIR", help="External memory, where it is not the recipe's own.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens read at a time; default: the recipe's, or all the model takes.", min=1)] = None,
+    long_size: Annotated[int | None, typer.Option("--long", help="Entries of long memory; default: the recipe's.", min=1)] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens written at most.", min=1)] = 100,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token; nothing is drawn.")] = False,
+    temperature: Annotated[float, typer.Option(help="Divides the log probabilities before a token is drawn.", min=0.01)] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many likeliest tokens.", min=1)] = None,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that have this probability together.", min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed, the same text.", min=0)] = 1,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that lies in the model directory.")] = False,
+) -> None:
+    """Continue a text, with any of the memories."""
+    with _told():
+        from pipeline import generate
+        from pipeline.memory.sampling import Sampling
+
+        source = generate.find(path, overrides or [])
+        source = source.with_options(datastore=datastore, window=window, long_size=long_size)
+        text = sys.stdin.read() if prompt == "-" else prompt
+        written, said = generate.text(
+            source, text, memory, Sampling(greedy, temperature, top_k, top_p, seed), tokens=tokens, trust_remote_code=trust_remote_code
+        )
+        print(said, file=sys.stderr)
+        for piece in written:
+            print(piece, end="", flush=True)
+        print()
 
 
 @app.command()

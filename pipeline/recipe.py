@@ -18,6 +18,7 @@ from pipeline.corpus.settings import TokenizeSettings
 from pipeline.errors import UserError
 from pipeline.evaluation.settings import EvaluateSettings
 from pipeline.launch.settings import SlurmSettings
+from pipeline.memory.settings import IndexSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.objectives.settings import AnyObjective, MlmSettings
 from pipeline.packing.settings import PackSettings
@@ -25,7 +26,7 @@ from pipeline.settings import Settings, setting
 from pipeline.tasks.settings import TaskSettings
 from pipeline.training.settings import TrainSettings
 
-STAGES = ("tokenize", "pack", "pretrain", "finetune", "prune", "evaluate")
+STAGES = ("tokenize", "pack", "pretrain", "index", "finetune", "prune", "evaluate")
 
 
 class RecipeError(UserError):
@@ -37,6 +38,9 @@ class PretrainSettings(TrainSettings):
     steps: int = setting(1000, "Optimiser steps.", unit="steps", ge=1)
     document_mask: bool = setting(False, "Attention stays inside a document, and positions restart in each; for rows that hold several documents.")
     loss_weights: dict[str, float] = setting({}, "Weight of each named loss in the sum; 1 where not named.")
+    ranks_per_group: int = setting(
+        1, "Ranks that hold equal parts of each group of segments and gather its memory from one another.", unit="ranks", ge=1, result=False
+    )
 
 
 class TaskTrainSettings(TrainSettings):
@@ -68,6 +72,7 @@ class Recipe(Settings):
     tokenize: TokenizeSettings | None = setting(None, "Documents -> tokenizer and token store.")
     pack: PackSettings | None = setting(None, "Token store -> plan of segments and groups.")
     pretrain: PretrainSettings | None = setting(None, "Plan -> pretrained model.")
+    index: IndexSettings | None = setting(None, "Causal model and documents -> datastore of keys and values.")
     finetune: FinetuneSettings | None = setting(None, "Pretrained model -> model of a task.")
     prune: PruneSettings | None = setting(None, "Model of a task -> smaller model of the task.")
     evaluate: EvaluateSettings | None = setting(None, "Every model made -> report.")
@@ -83,26 +88,61 @@ class Recipe(Settings):
         """Where the run's artifacts are published: `runs_dir/name`."""
         return Path(self.runs_dir) / self.name
 
+    @property
+    def row_length(self) -> int | None:
+        """Tokens of a row in pretraining; None where nothing is packed."""
+        return self.pack.length if self.pack else None
+
     @model_validator(mode="after")
     def _chain(self) -> Recipe:
         if not self.stages:
             raise ValueError(f"the recipe has no stage; give at least one of the sections {', '.join(STAGES)}")
         missing = [
             f"{stage} needs {' or '.join(needs)}"
-            for stage, needs in (("pack", ["tokenize"]), ("pretrain", ["pack"]), ("prune", ["finetune"]))
+            for stage, needs in (("pack", ["tokenize"]), ("pretrain", ["pack"]), ("index", ["tokenize"]), ("prune", ["finetune"]))
             if stage in self.stages and not set(needs) & set(self.stages)
         ]
         if missing:
             raise ValueError(f"{'; '.join(missing)}: add the missing section, or leave the stage out")
         if self.finetune and not self.pretrain and self.model.from_ is None:
             raise ValueError("finetune needs a model: add a pretrain section, or model.from: DIR")
-        if self.evaluate and not (self.pretrain or self.finetune):
-            raise ValueError("evaluate needs a model: add a pretrain or a finetune section")
+        if self.evaluate:
+            self._check_evaluate(self.evaluate)
         if self.pretrain:
             self._check_pretrain(self.pretrain)
+        if self.index:
+            self._check_index(self.index)
         if self.finetune and self.finetune.task.max_length > self.model.max_length and self.model.from_ is None:
             raise ValueError(f"finetune.task.max_length {self.finetune.task.max_length} exceeds model.max_length {self.model.max_length}")
         return self
+
+    def _check_index(self, index: IndexSettings) -> None:
+        if not self.pretrain and self.model.from_ is None:
+            raise ValueError("index needs a model: add a pretrain section, or model.from: DIR")
+        if self.model.from_ is None and self.model.kind != "decoder":
+            raise ValueError(f"index reads the text with a causal model; model.kind is {self.model.kind}: set it to decoder, or leave index out")
+        block, context = index.window.resolved(self.pack.length if self.pack else None)
+        if self.model.from_ is None and self.model.positions == "absolute" and block + context > self.model.max_length:
+            raise ValueError(f"index.window: block {block} + context {context} exceeds model.max_length {self.model.max_length}")
+
+    def _check_evaluate(self, evaluate: EvaluateSettings) -> None:
+        if not evaluate.memory:
+            if not (self.pretrain or self.finetune):
+                raise ValueError("evaluate needs a model: add a pretrain or a finetune section")
+            return
+        if not self.pretrain and self.model.from_ is None:
+            raise ValueError("evaluate.memory tests a causal model: add a pretrain section, or model.from: DIR")
+        kind = self.pretrain.objective.kind if self.pretrain else self.model.kind
+        if kind != "decoder":
+            raise ValueError(f"evaluate.memory tests a causal model; this one is an {kind}: set model.kind: decoder, or leave evaluate.memory out")
+        if not self.tokenize:
+            raise ValueError("evaluate.memory reads held-out documents: add a tokenize section")
+        if evaluate.searches and not self.index and evaluate.datastore is None:
+            searching = next(memory.name for memory in evaluate.memories if "external" in memory)
+            raise ValueError(f"evaluate.memory {searching} looks up a datastore: add an index section, or evaluate.datastore: DIR of another run's")
+        block, context = evaluate.windowed(self.row_length)
+        if self.model.from_ is None and self.model.positions == "absolute" and block + context > self.model.max_length:
+            raise ValueError(f"evaluate.window: block {block} + context {context} exceeds model.max_length {self.model.max_length}")
 
     def _check_pretrain(self, pretrain: PretrainSettings) -> None:
         objective, pack = pretrain.objective, self.pack
@@ -113,6 +153,13 @@ class Recipe(Settings):
             raise ValueError(f"pack.length {pack.length} exceeds model.max_length {self.model.max_length}")
         if objective.needs == "groups" and pack.group_size < 2:
             raise ValueError(f"objective {objective.name} needs groups of two or more; pack makes groups of {pack.group_size}")
+        if pack.groups not in objective.groups:
+            raise ValueError(f"objective {objective.name} needs pack.groups {' or '.join(objective.groups)}; it is {pack.groups}")
+        if pretrain.ranks_per_group > 1 and (objective.needs != "groups" or pack.group_size % pretrain.ranks_per_group):
+            raise ValueError(
+                f"pretrain.ranks_per_group {pretrain.ranks_per_group} divides groups of segments that share a memory (trimelm_long, trimelm_ext); "
+                f"objective {objective.name} has groups of {pack.group_size if objective.needs == 'groups' else 1}: set it to a divisor of that"
+            )
         if pretrain.batch_size % pack.group_size:
             raise ValueError(f"pretrain.batch_size {pretrain.batch_size} is not a multiple of pack.group_size {pack.group_size}")
         if self.finetune and self.model.kind == "decoder" and self.model.from_ is None:

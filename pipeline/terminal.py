@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,10 +19,14 @@ from pipeline.training.settings import TrainSettings
 from pipeline.workflow import Step
 
 if TYPE_CHECKING:
+    from pipeline.memory.documents import Entry
     from pipeline.packing.quality import Member, Quality
 
 FIGURES = 5
 """Headline figures shown of a stage; its manifest has all."""
+
+DOCUMENTS = 50
+"""Documents of a datastore listed at most."""
 
 MEASURES = (
     ("bm25", "BM25 inside groups", ".1f"),
@@ -149,6 +154,35 @@ def _member(member: Member) -> None:
     console.print(Padding(text, (0, 0, 0, 4), expand=False), soft_wrap=False)
     if member.shared:
         console.print(Padding(Text(f"shares: {', '.join(member.shared)}", "cyan"), (0, 0, 0, 4), expand=False), soft_wrap=False)
+
+
+def datastore(place: Path, about: dict[str, Any]) -> None:
+    """What a datastore is, in two columns."""
+    size, gone = sum(entry["bytes"] for entry in about["files"].values()), sum(about["shards"]) - about["entries"]
+    model, window = about["model"], about["window"]
+    keys = "fp16, kept" if about["keep_keys"] else "dropped, their codes kept"
+    table = _table("datastore", str(place))
+    table.add_row("documents", f"{about['documents']:,}")
+    table.add_row("entries", f"{about['entries']:,}{f', and the gaps of {gone:,} that were withdrawn' if gone else ''}")
+    table.add_row("keys", f"{about['key']}, {about['dimensions']} dimensions; {keys}")
+    table.add_row("search", f"{about['kind']}, {about['metric']}, {len(about['shards'])} shards")
+    table.add_row("size", f"{size / 1e6:,.1f} MB, {size / max(about['entries'], 1):,.0f} bytes an entry")
+    table.add_row("window", f"{window['block']} tokens after {window['context']} read again")
+    table.add_row("encoder" if model["encoder"] else "model", f"{model['path']} ({model['fingerprint'][:8]})")
+    table.add_row("revision", about["revision"][:8])
+    console.print(table)
+
+
+def documents(found: Sequence[Entry], what: str) -> None:
+    """Documents of a datastore, a line each."""
+    console.print(f"{len(found):,} document{'' if len(found) == 1 else 's'} {what}")
+    table = _table("number", "entries", "from", "begins")
+    for entry in found[:DOCUMENTS]:
+        table.add_row(str(entry.number), f"{entry.count:,}", Text(entry.key), Text(entry.preview))
+    if found:
+        console.print(table)
+    if len(found) > DOCUMENTS:
+        console.print(f"and {len(found) - DOCUMENTS:,} more")
 
 
 def headline(metrics: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ from pipeline.artifacts import Artifact
 from pipeline.corpus import sources
 from pipeline.errors import UserError
 from pipeline.launch.ranks import Ranks
+from pipeline.memory import description as datastores
+from pipeline.memory.settings import IndexSettings
 from pipeline.recipe import PruneSettings, Recipe
 from pipeline.tasks import sources as task_sources
 from pipeline.training import deepspeed_config
@@ -24,9 +26,10 @@ INPUTS = {
     "tokenize": (),
     "pack": ("tokenize",),
     "pretrain": ("tokenize", "pack"),
+    "index": ("tokenize", "pretrain"),
     "finetune": ("tokenize", "pretrain"),
     "prune": ("finetune",),
-    "evaluate": ("tokenize", "pack", "pretrain", "finetune", "prune"),
+    "evaluate": ("tokenize", "pack", "pretrain", "index", "finetune", "prune"),
 }
 """Which stages a stage reads, of those that the recipe has."""
 
@@ -78,9 +81,11 @@ def resolve(recipe: Recipe) -> list[Step]:
     steps: list[Step] = []
     fingerprints: dict[str, str] = {}
     for stage in recipe.stages:
-        settings = _settings(recipe, stage)
+        settings = _settings(recipe, stage, steps)
         inputs = {name: fingerprints[name] for name in INPUTS[stage] if name in fingerprints}
         digest = fingerprints[stage] = artifacts.fingerprint(settings, inputs)
+        if stage == "index":  # a change of the datastore that was cut off would look like damage
+            datastores.complete(recipe.directory / f"{stage}-{digest[:8]}" / "datastore")
         artifact = artifacts.find(recipe.directory, stage, digest)
         partial = recipe.directory / f"{stage}-{digest[:8]}.partial"
         why = "up to date" if artifact else _why(recipe.directory, stage, settings, inputs, steps, partial.is_dir())
@@ -88,13 +93,20 @@ def resolve(recipe: Recipe) -> list[Step]:
     return steps
 
 
-def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+def _settings(recipe: Recipe, stage: str, before: list[Step]) -> dict[str, Any]:
     """The resolved settings a stage depends on, by section; sources enter by what they contain."""
     found: dict[str, Any] = {"seed": recipe.seed, stage: artifacts.results_only(getattr(recipe, stage))}
     if stage in ("pretrain", "finetune"):
         found["model"] = artifacts.results_only(recipe.model)
     if recipe.model.from_ is not None and stage in ("pretrain", "finetune"):
         found["model_files"] = sources.directory_identity(recipe.model.from_)
+    if stage == "index":
+        assert recipe.index is not None
+        found |= _index_settings(recipe, recipe.index)
+    if stage == "evaluate" and (directory := _datastore(recipe, before)) is not None:
+        found["datastore_revision"] = datastores.revision(directory)
+    if stage == "evaluate" and recipe.evaluate and recipe.evaluate.memory and recipe.pretrain is None and recipe.model.from_ is not None:
+        found |= {"model": artifacts.results_only(recipe.model), "model_files": sources.directory_identity(recipe.model.from_)}
     if stage == "pack":
         found["kind"] = recipe.model.kind
     if stage == "tokenize":
@@ -104,6 +116,26 @@ def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
         assert recipe.finetune is not None
         found["task"] = task_sources.identity(recipe.finetune.task)
     return found
+
+
+def _index_settings(recipe: Recipe, index: IndexSettings) -> dict[str, Any]:
+    found: dict[str, Any] = {"window": index.window.resolved(recipe.pack.length if recipe.pack else None)}
+    if index.sources:
+        found["sources"] = [sources.source_identity(source) for source in index.sources]
+    if index.encoder is not None:
+        found["encoder_files"] = sources.directory_identity(index.encoder)
+    elif recipe.pretrain is None and recipe.model.from_ is not None:
+        found |= {"model": artifacts.results_only(recipe.model), "model_files": sources.directory_identity(recipe.model.from_)}
+    return found
+
+
+def _datastore(recipe: Recipe, before: list[Step]) -> Path | None:
+    """The datastore that evaluate reads: another run's by name, or the run's own; None where there is none, or not yet."""
+    assert recipe.evaluate is not None
+    if recipe.evaluate.datastore is not None:
+        return Path(recipe.evaluate.datastore)
+    own = next((step.artifact for step in before if step.stage == "index"), None)
+    return None if own is None else own.path / "datastore"
 
 
 def _why(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], before: list[Step], unfinished: bool) -> str:
@@ -165,7 +197,14 @@ def division(recipe: Recipe, stage: str, training: TrainSettings, size: int) -> 
 
     Raises UserError when there is no such division, or the DeepSpeed configuration is wrong.
     """
-    unit = recipe.pack.group_size if stage == "pretrain" and recipe.pack else 1
+    unit = 1
+    if stage == "pretrain" and recipe.pack and recipe.pretrain:
+        together = recipe.pretrain.ranks_per_group
+        if size % together:
+            raise UserError(
+                f"pretrain: {size} ranks are not a multiple of pretrain.ranks_per_group {together}; use {max(size // together, 1) * together} ranks"
+            )
+        unit = recipe.pack.group_size // together
     rows, accumulation = deepspeed_config.division(training.batch_size, unit, training.micro_batch_size, size)
     deepspeed_config.render(training.deepspeed, training, rows=rows, world=size)
     return rows, accumulation

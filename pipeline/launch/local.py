@@ -1,4 +1,4 @@
-"""This machine's ranks: the `deepspeed` launcher for stages that train, mpirun for tokenize and pack."""
+"""This machine's ranks: the `deepspeed` launcher for stages that train, mpirun for tokenize, pack and index."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def start(recipe: Recipe, stage: str, path: Path, overrides: list[str]) -> int:
     command = [stage, str(path), *overrides]
     command = _deepspeed(recipe, stage, command) if stage in TRAINING else _mpirun(recipe, stage, command)
     with tempfile.TemporaryDirectory(prefix="trimline-") as directory, _Stop() as stop:
-        env = _environment(_count(recipe, stage)) | {TOLD: f"{directory}/told", STARTER: str(os.getpid())}
+        env = _environment(_count(recipe, stage), stage in TRAINING) | {TOLD: f"{directory}/told", STARTER: str(os.getpid())}
         launcher = subprocess.Popen(command, env=env, start_new_session=True, stderr=None if stage in TRAINING else subprocess.PIPE)
         stop.follow(launcher.pid)
         try:
@@ -124,12 +124,13 @@ def _pass_on(errors: IO[bytes]) -> None:
     sys.stderr.flush()
 
 
-def _environment(ranks: int) -> dict[str, str]:
+def _environment(ranks: int, training: bool) -> dict[str, str]:
     env = os.environ | {"PATH": _path(), "PYTHONUNBUFFERED": "1"}
     env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     if not devices():
         env.setdefault("DS_ACCELERATOR", "cpu")
-    env.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher sets each rank's own, from --include
+    if training:
+        env.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher sets each rank's own, from --include
     return env
 
 

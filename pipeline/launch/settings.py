@@ -24,6 +24,6 @@ class JobSettings(Settings):
 class SlurmSettings(JobSettings):
     """Common to all jobs; `stages` overrides it for one stage."""
 
-    mpi: str = setting("pmix", "How srun starts the MPI ranks of tokenize and pack.", result=False)
+    mpi: str = setting("pmix", "How srun starts the MPI ranks of tokenize, pack and index.", result=False)
     signal_seconds: int = setting(120, "Warning before the time limit, to save and requeue.", unit="seconds", ge=10, result=False)
     stages: dict[str, JobSettings] = setting({}, "Settings of single stages, by name.", result=False)
