@@ -103,8 +103,8 @@ def _settings(recipe: Recipe, stage: str, before: list[Step]) -> dict[str, Any]:
     if stage == "index":
         assert recipe.index is not None
         found |= _index_settings(recipe, recipe.index)
-    if stage == "evaluate" and (directory := _datastore(recipe, before)) is not None:
-        found["datastore_revision"] = datastores.revision(directory)
+    if stage == "evaluate":
+        found |= _datastore_revision(recipe, before)
     if stage == "evaluate" and recipe.evaluate and recipe.evaluate.memory and recipe.pretrain is None and recipe.model.from_ is not None:
         found |= {"model": artifacts.results_only(recipe.model), "model_files": sources.directory_identity(recipe.model.from_)}
     if stage == "pack":
@@ -129,13 +129,14 @@ def _index_settings(recipe: Recipe, index: IndexSettings) -> dict[str, Any]:
     return found
 
 
-def _datastore(recipe: Recipe, before: list[Step]) -> Path | None:
-    """The datastore that evaluate reads: another run's by name, or the run's own; None where there is none, or not yet."""
+def _datastore_revision(recipe: Recipe, before: list[Step]) -> dict[str, str]:
+    """Which documents the datastore has that evaluate reads: another run's by name, or the run's own, once it is not as the index stage made it."""
     assert recipe.evaluate is not None
     if recipe.evaluate.datastore is not None:
-        return Path(recipe.evaluate.datastore)
+        return {"datastore_revision": datastores.revision(recipe.evaluate.datastore)}
     own = next((step.artifact for step in before if step.stage == "index"), None)
-    return None if own is None else own.path / "datastore"
+    changed = None if own is None else datastores.changed(own.path)
+    return {} if changed is None else {"datastore_revision": changed}
 
 
 def _why(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], before: list[Step], unfinished: bool) -> str:

@@ -30,7 +30,7 @@ INTENT = "change.json"
 Description = dict[str, Any]
 """format; key; metric; kind; dimensions; keep_keys; probe; window {block, context}; model {path, fingerprint, memory_module, encoder};
 tokenizer (its fingerprint); shards (entries of each); entries (still there); documents (still there);
-next_document; shard_keys; files {name: {bytes, sha256}}; revision."""
+next_document; shard_keys; files {name: {bytes, sha256}}; revision, and made: the one it was made with."""
 
 
 def locate(directory: str | Path) -> Path:
@@ -67,7 +67,7 @@ def write(directory: Path, about: Description, known: dict[str, Any] | None = No
         entry = (known or {}).get(name)
         files[name] = entry or {"bytes": (directory / name).stat().st_size, "sha256": artifacts.sha256(directory / name)}
     revision = hashlib.sha256(json.dumps([sorted((name, entry["sha256"]) for name, entry in files.items())]).encode()).hexdigest()
-    written = {**about, "files": files, "revision": revision}
+    written = {"made": revision, **about, "files": files, "revision": revision}
     artifacts.write_json(directory / NAME, written)
     return written
 
@@ -81,6 +81,12 @@ def revision(directory: str | Path) -> str:
     place = locate(directory)
     complete(place)
     return str(read(place)["revision"])
+
+
+def changed(directory: str | Path) -> str | None:
+    """The revision of a datastore that documents were added to or withdrawn from since it was made; None where none were."""
+    found = revision(directory)
+    return None if found == read(locate(directory))["made"] else found
 
 
 def complete(directory: Path) -> None:

@@ -72,7 +72,7 @@ def test_settings_of_a_stage_replace_the_common_ones(chain) -> None:
 def test_ranks_are_warned_before_the_time_limit_where_they_can_go_on_later(chain) -> None:
     run = chain(slurm={"signal_seconds": 300})
     warned = {stage for stage in STAGES if "--signal=USR2@300" in options(slurm.render(run, Path("recipe.yaml"), stage))}
-    assert warned == {"tokenize", "pretrain", "finetune", "prune"}
+    assert warned == {"tokenize", "pretrain", "index", "finetune", "prune"}
 
 
 def test_a_dry_run_needs_no_cluster_and_writes_nothing(chain, tmp_path, monkeypatch, capsys) -> None:
@@ -121,7 +121,7 @@ def publish(run, stage: str) -> None:
 def test_stages_that_are_made_or_queued_are_not_submitted_again(chain, programs, capsys) -> None:
     run = chain()
     publish(run, "tokenize")
-    assert [job.stage for job in slurm.submit(run)] == list(STAGES[1:])
+    assert [job.stage for job in slurm.submit(run)] == run.stages[1:]
     programs(squeue="echo '102|PENDING|Resources'; echo '101|RUNNING|None'")
     jobs = slurm.submit(run)
     assert [job.stage for job in jobs] == ["finetune", "prune", "evaluate"]
