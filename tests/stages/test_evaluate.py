@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,12 +8,13 @@ import torch
 from pipeline.artifacts import Artifact
 from pipeline.compression import surgery
 from pipeline.corpus.store import Store, Writer
+from pipeline.errors import UserError
 from pipeline.models import build, export
 from pipeline.models.settings import ModelSettings
 from pipeline.packing import plan as plans
 from pipeline.packing.settings import PackSettings
 from pipeline.recipe import Recipe
-from pipeline.stages import evaluate
+from pipeline.stages import evaluate, index
 from pipeline.workflow import Work
 
 
@@ -93,3 +95,75 @@ def test_a_recipe_without_pruning_has_one_model(finetuned, tmp_path):
     figures = evaluate.run(Work("evaluate", recipe, {"finetune": finetuned.artifact}, tmp_path, tmp_path / "logs"))
     assert set(figures) == {"test_accuracy_finetuned"}
     assert "pruned" not in (tmp_path / "report.md").read_text()
+
+
+MEMORIES = ["none", "local+long", "local+external", "knn+cache"]
+
+
+def with_datastore(directory, tokenizer, **evaluate_settings):
+    """A causal recipe with a datastore of its training documents, which are its held-out ones."""
+    recipe, inputs, _ = language_model(directory, tokenizer, "decoder")
+    shutil.copytree(directory / "tokenize" / "valid", directory / "tokenize" / "train")
+    recipe |= {"index": {}, "evaluate": {"batch_size": 4, "memory": MEMORIES, "long": {"size": 20}, "external": {"k": [1, 4]}} | evaluate_settings}
+    (directory / "index").mkdir()
+    work = Work("index", Recipe.model_validate(recipe), inputs, directory / "index", directory / "logs")
+    return recipe, inputs | {"index": artifact(directory / "index", **index.run(work))}
+
+
+def test_a_causal_model_is_scored_with_each_memory(finetuned, tmp_path):
+    recipe, inputs = with_datastore(tmp_path, finetuned.tokenizer, within_documents=True)  # as they were indexed
+    (tmp_path / "out").mkdir()
+    work = Work("evaluate", Recipe.model_validate(recipe), inputs, tmp_path / "out", tmp_path / "logs")
+    figures = evaluate.run(work)
+    memories = json.loads((tmp_path / "out" / "report.json").read_text())["memories"]
+    names = [*MEMORIES[:3], "local+external, interpolated", MEMORIES[3]]
+    rows = {row["memory"]: row for row in memories["rows"]}
+    assert list(rows) == names
+    assert memories["window"] == {"block": 6, "context": 6}
+    assert rows["knn+cache"]["perplexity"] < 8 < 15 < rows["none"]["perplexity"]  # the store has these very texts
+    assert figures["perplexity_local_external_interpolated"] == round(rows["local+external, interpolated"]["perplexity"], 3)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## Memories" in text
+    assert all(f"| {name} |" in text for name in names)
+    assert list((tmp_path / "out" / "scratch" / "memories").iterdir())  # measured pieces, until it is published
+
+
+def test_the_datastore_of_another_run_is_read_and_one_of_another_model_is_refused(finetuned, tmp_path):
+    recipe, inputs = with_datastore(tmp_path / "one", finetuned.tokenizer)
+    del recipe["index"]
+    recipe["evaluate"]["datastore"] = str(inputs.pop("index").path)
+    (tmp_path / "out").mkdir()
+    evaluate.run(Work("evaluate", Recipe.model_validate(recipe), inputs, tmp_path / "out", tmp_path / "logs"))
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["memories"]["within_documents"] is False  # rows run over their ends
+    torch.manual_seed(5)
+    other = build.new(ModelSettings.model_validate(recipe["model"]), finetuned.tokenizer)
+    export.save(other, finetuned.tokenizer, tmp_path / "other" / "model")
+    with pytest.raises(UserError, match=r"datastore\.json.*made with model"):
+        evaluate.run(
+            Work("evaluate", Recipe.model_validate(recipe), inputs | {"pretrain": artifact(tmp_path / "other")}, tmp_path / "out", tmp_path / "logs")
+        )
+
+
+def test_a_model_somebody_else_made_is_scored_without_pretraining(finetuned, tmp_path):
+    recipe, inputs, _ = language_model(tmp_path, finetuned.tokenizer, "decoder")
+    del recipe["pretrain"], recipe["pack"]
+    recipe["model"] = {"from": str(inputs.pop("pretrain").path / "model"), "kind": "decoder"}
+    recipe["evaluate"] = {"memory": "local", "window": {"block": 5, "context": 3}}
+    (tmp_path / "out").mkdir()
+    evaluate.run(Work("evaluate", Recipe.model_validate(recipe), {"tokenize": inputs["tokenize"]}, tmp_path / "out", tmp_path / "logs"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["held_out"] is None
+    assert report["memories"]["within_documents"] is True
+    assert [row["memory"] for row in report["memories"]["rows"]] == ["local"]
+
+
+def test_a_model_trained_with_memory_has_its_perplexity_without(finetuned, tmp_path):
+    recipe, inputs, _ = language_model(tmp_path, finetuned.tokenizer, "decoder")
+    found = []
+    for name in ("causal", "trimelm"):
+        recipe["pretrain"]["objective"] = {"name": name}
+        (tmp_path / name).mkdir()
+        evaluate.run(Work("evaluate", Recipe.model_validate(recipe), inputs, tmp_path / name, tmp_path / "logs"))
+        found.append(json.loads((tmp_path / name / "report.json").read_text())["held_out"])
+    assert found[0] | {"objective": "trimelm"} == found[1]
+    assert "segments, without memory." in (tmp_path / "trimelm" / "report.md").read_text()
