@@ -2,8 +2,8 @@
 
     python benchmarks/trime_loss.py [--device cuda] [--dtype bfloat16] [--rows 8192 --vocabulary 32000 --width 512 --chunks 128 256 512]
 
-Forward and backward from hidden states, output embedding, queries and keys, each query seeing all entries before it. Every variant runs in a process of its
-own, the variants in turn; peak memory is what the process holds beyond its inputs (on a GPU what PyTorch allocates), time the median of the repeats.
+Forward and backward from hidden states, output embedding, queries and keys, each query seeing all entries before it. Every variant runs in a
+process of its own; peak memory is what it holds beyond its inputs (on a GPU what PyTorch allocates), time the median of the repeats.
 """
 
 from __future__ import annotations

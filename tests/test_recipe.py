@@ -73,6 +73,40 @@ def test_every_mistake_of_a_recipe_is_told_at_once(written):
     assert "pretrain.step" in message
 
 
+MEMORY = """\
+name: memory
+tokenize: {sources: [embedded]}
+pack: {length: 64, segments: within, groups: consecutive, group_size: 4}
+model: {kind: decoder}
+pretrain: {objective: {name: trimelm_long}, batch_size: 16, ranks_per_group: 2}
+"""
+
+
+def test_a_long_memory_of_shared_groups_is_a_recipe(written):
+    settings = recipe.load(written(MEMORY)).pretrain
+    assert settings.objective.needs == "groups"
+    assert recipe.load(written(MEMORY), ["pretrain.objective.local_dropped=0.5", "pretrain.objective.name=trimelm_ext"]).pretrain.ranks_per_group == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["pack.groups=random"], "objective trimelm_long needs pack.groups consecutive; it is random"),
+        (
+            ["pack.group_size=1", "pack.groups=random", "pretrain.objective.name=trimelm_ext"],
+            "trimelm_ext needs groups of two or more; pack makes groups of 1",
+        ),
+        (["pretrain.ranks_per_group=3"], "objective trimelm_long has groups of 4: set it to a divisor of that"),
+        (["pretrain.objective.name=trimelm"], "objective trimelm has groups of 1"),
+        (["model.kind=encoder"], "objective trimelm_long trains a model of kind decoder"),
+        (["pretrain.objective.local_drop=0.5"], "unknown key 'pretrain.objective.local_drop'"),
+        (["pretrain.objective.name=trimelm_ext", "pretrain.objective.local_dropped=1.5"], "less than or equal to 1, found 1.5"),
+    ],
+)
+def test_an_objective_with_memory_says_what_it_needs(written, overrides, expected):
+    assert expected in refusal(written(MEMORY), *overrides)
+
+
 def test_a_key_given_twice_is_refused(written):
     assert "length is given twice" in refusal(written(GOOD.replace("length: 64", "length: 64\n  length: 32")))
 

@@ -25,8 +25,8 @@ def build(
 ) -> Objective:
     """The objective that the settings name.
 
-    seed: of its draws about the data. steps: of the whole training, of which warm-ups are a share. group_size: rows of a group, on `ranks_per_group` ranks.
-    memory_module: see `CausalReader`.
+    seed: of its draws about the data. steps: of the whole training, of which warm-ups are a share. group_size: rows of a group,
+    on `ranks_per_group` ranks. memory_module: see `CausalReader`.
     """
     if isinstance(settings, MlmSettings):
         from pipeline.objectives.mlm import Mlm
@@ -38,8 +38,6 @@ def build(
         return Causal()
     from pipeline.objectives import trime
 
-    kinds = {"trimelm": trime.TrimeLocal, "trimelm_long": trime.TrimeLong, "trimelm_ext": trime.TrimeExternal}
+    kinds: dict[str, type[trime.Trime]] = {"trimelm": trime.TrimeLocal, "trimelm_long": trime.TrimeLong, "trimelm_ext": trime.TrimeExternal}
     together = {"rows": group_size // ranks_per_group, "ranks": ranks_per_group} if settings.needs == "groups" else {}
-    return kinds[settings.name](
-        settings, seed, ce_warmup_steps=round(settings.ce_warmup_ratio * steps), memory_module=memory_module, **together
-    )
+    return kinds[settings.name](settings, seed, ce_warmup_steps=round(settings.ce_warmup_ratio * steps), memory_module=memory_module, **together)

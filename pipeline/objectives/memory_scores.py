@@ -53,7 +53,7 @@ class _LogSums(torch.autograd.Function):
         dtype = torch.promote_types(queries.dtype, torch.float32)
         every = queries.new_empty(queries.shape[:2], dtype=dtype)
         positive = torch.empty_like(every)
-        for at in _blocks(*queries.shape[:2], chunk):
+        for at in _blocks(queries, chunk):
             scores, other = _scores(at, queries, targets, keys, key_targets, visible, scale)
             every[at] = scores.logsumexp(-1)
             positive[at] = scores.masked_fill_(other, -torch.inf).logsumexp(-1)
@@ -66,7 +66,7 @@ class _LogSums(torch.autograd.Function):
         queries, targets, keys, key_targets, every, positive = ctx.saved_tensors
         every, positive = (sums.masked_fill(sums == -torch.inf, 0).unsqueeze(-1) for sums in (every, positive))  # exp(-inf - 0) is 0
         d_queries, d_keys = torch.empty_like(queries), torch.zeros_like(keys, dtype=every.dtype)
-        for at in _blocks(*queries.shape[:2], ctx.chunk):
+        for at in _blocks(queries, ctx.chunk):
             scores, other = _scores(at, queries, targets, keys, key_targets, ctx.visible, ctx.scale)
             groups, seen = at[0], slice(scores.shape[-1])
             d_scores = (scores - every[at]).exp_().mul_(d_every[at].unsqueeze(-1))
@@ -91,8 +91,9 @@ def _scores(
     return scores, key_targets[groups, None, columns] != targets[at].unsqueeze(-1)
 
 
-def _blocks(groups: int, rows: int, chunk: int | None) -> Iterator[tuple[slice, slice]]:
-    """Blocks of at most `chunk` queries: several whole groups, or a part of one."""
+def _blocks(queries: Tensor, chunk: int | None) -> Iterator[tuple[slice, slice]]:
+    """Blocks of at most `chunk` queries [G, R, d]: several whole groups, or a part of one."""
+    groups, rows, _ = queries.shape
     chunk = groups * rows if chunk is None else chunk
     together = max(chunk // max(rows, 1), 1)
     for first in range(0, groups, together):

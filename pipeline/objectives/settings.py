@@ -50,7 +50,11 @@ class TrimeSettings(ObjectiveSettings):
         "all", "Which queries teach a key: all that see it; own_segment: those of its own segment, as in the paper's code with a segment a GPU."
     )
     chunk: int | None = setting(
-        None, "Rows of scores held at a time, of memory and vocabulary, computed again in the backward pass; null holds all.", unit="rows", ge=1, result=False
+        None,
+        "Rows of scores held at a time, of memory and vocabulary, computed again in the backward pass; null holds all.",
+        unit="rows",
+        ge=1,
+        result=False,
     )
 
 

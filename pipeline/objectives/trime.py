@@ -11,7 +11,7 @@ What M is makes the three objectives: the segment's own past (`trimelm`), all ea
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +93,7 @@ def _memory(
     return every[0], positive[0]
 
 
-class Trime(Causal):
+class Trime(Causal, ABC):
     """Loss `trime`, in nats, of every target that `Causal` has. Plain cross-entropy in the first `ce_warmup_steps` steps.
 
     Besides, not trained on: `cross_entropy`, the vocabulary's side alone, and `memory_share`, the memory's share of the probability.
@@ -137,8 +137,8 @@ class Trime(Causal):
 
     def _log_sums(self, states: Tensor, labels: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """states [B, L - 1, d], labels [B, L - 1] -> both log sums [groups, rows x (L - 1)]."""
-        named = [name for name in ("document", "offset", "local_kept") if name in batch]
-        marks = {"labels": labels, **{name: batch[name][:, 1:] for name in named}}
+        marks: Batch = {"labels": labels}
+        marks |= {name: batch[name][:, 1:] for name in ("document", "offset", "local_kept") if name in batch}
         queries = self._grouped(states)
         query_marks = {name: self._grouped(mark) for name, mark in marks.items()}
         keys, key_marks, first = self._gathered(queries, query_marks)

@@ -12,11 +12,12 @@ import torch
 SCRIPT = Path(__file__).with_name("trime_ranks.py")
 STEPS = 8
 LONG = {"kind": "long", "steps": STEPS, "dropout": 0.1, "settings": {"deepspeed": "zero1", "checkpoint_every": 2}, "ranks_per_group": 2}
+WAYS = (("zero0", "", {}), ("zero3", "", {}), ("zero3", "-chunked", {"chunk": 7}), ("zero1", "-stopped", {"key_gradients": "own_segment"}))
 SHARED = {
     f"{kind}-{stage}{suffix}": {"kind": kind, "settings": {"deepspeed": stage}, "ranks_per_group": 2, "objective": objective}
     for kind in ("long", "ext")
-    for stage, suffix, objective in (("zero0", "", {}), ("zero3", "", {}), ("zero3", "-chunked", {"chunk": 7}), ("zero1", "-stopped", {"key_gradients": "own_segment"}))
-}  # fmt: skip
+    for stage, suffix, objective in WAYS
+}
 
 
 @pytest.fixture(scope="module")

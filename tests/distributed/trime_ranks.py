@@ -30,7 +30,7 @@ from pipeline.packing.settings import PackSettings
 from pipeline.training.loop import train
 from pipeline.training.settings import TrainSettings
 
-WORDS = [*"<pad> <unk> <s> </s> <mask>".split(), *(f"w{number}" for number in range(5, 60))]
+WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", *(f"w{number}" for number in range(5, 60))]
 SETTINGS = {"batch_size": 16, "micro_batch_size": 4, "lr": 5e-3, "log_every": 1, "checkpoint_every": 1000}
 SEGMENT, GROUP = 12, 4
 

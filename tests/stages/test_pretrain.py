@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, PreTrainedTokenizerFast
 
@@ -38,7 +39,7 @@ except UserError as error:
 """
 
 
-def make_inputs(directory: Path, kind: str) -> None:
+def make_inputs(directory: Path, kind: str, pack: dict | None = None) -> None:
     """A token store of a toy language (eight of 55 words, in turn), its tokenizer and its plan."""
     words = [*SPECIALS.values(), *(f"w{number}" for number in range(5, 60))]
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
@@ -50,13 +51,14 @@ def make_inputs(directory: Path, kind: str) -> None:
         for document in range(100):
             writer.add([*(5 + (np.arange(30) + document) % 8), 3])
     tokenizer = AutoTokenizer.from_pretrained(directory / "tokenize" / "tokenizer")
-    plan.make(directory / "pack" / "train", PackSettings(length=16), kind, Store.open(directory / "tokenize" / "train"), tokenizer)
+    settings = PackSettings(length=16, **(pack or {}))
+    plan.make(directory / "pack" / "train", settings, kind, Store.open(directory / "tokenize" / "train"), tokenizer)
 
 
-def run(directory: Path, model: dict, **pretrain: object) -> subprocess.CompletedProcess[str]:
+def run(directory: Path, model: dict, pack: dict | None = None, **pretrain: object) -> subprocess.CompletedProcess[str]:
     sections = {
         "tokenize": {},
-        "pack": {"length": 16},
+        "pack": {"length": 16, **(pack or {})},
         "model": {"layers": 2, "hidden": 32, "heads": 2, "ffn": 64, "max_length": 16, "dropout": 0, **model},
     }
     settings = {"steps": 60, "batch_size": 16, "micro_batch_size": 16, "lr": 1e-2, "log_every": 30, "deepspeed": "zero0", **pretrain}
@@ -111,3 +113,37 @@ def test_rows_longer_than_a_given_model_takes_are_refused(tmp_path):
     assert done.returncode != 0
     assert "UserError" in done.stderr
     assert f"{tmp_path / 'short'}: the model takes 8 tokens, rows have 16" in done.stderr
+
+
+def gpt2(directory: Path, kind: str = "gpt2") -> dict:
+    """A checkpoint that somebody else made."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0))
+    else:
+        shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+        model = Gemma2ForCausalLM(Gemma2Config(vocab_size=60, intermediate_size=32, final_logit_softcapping=0.01, **shape))
+    model.save_pretrained(directory / kind)
+    return {"from": str(directory / kind), "kind": "decoder"}
+
+
+def test_training_of_somebody_elses_checkpoint_goes_on_with_long_memory(tmp_path):
+    pack = {"groups": "consecutive", "group_size": 2, "segments": "within"}
+    make_inputs(tmp_path, "decoder", pack)
+    done = run(tmp_path, gpt2(tmp_path), pack, objective={"name": "trimelm_long", "chunk": 8}, steps=80, log_every=1)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert set(records[0]["losses"]) == {"trime", "cross_entropy", "memory_share"}
+    assert records[3]["losses"]["memory_share"] == 0, "5 % of the steps learn without memory"
+    assert records[4]["losses"]["memory_share"] > 0
+    assert records[-1]["loss"] == records[-1]["losses"]["trime"] < 1.5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "model")
+    assert model.config.model_type == "gpt2"
+
+
+def test_a_model_that_changes_its_scores_after_the_output_matrix_is_refused_before_training(tmp_path):
+    make_inputs(tmp_path, "decoder")
+    done = run(tmp_path, gpt2(tmp_path, "gemma2"), objective={"name": "trimelm"})
+    assert "a model of type 'gemma2' changes the scores after its output matrix" in done.stderr
