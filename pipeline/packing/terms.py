@@ -132,8 +132,8 @@ def _texts(tokenizer: PreTrainedTokenizerFast) -> list[str | bytes]:
     for piece, number in vocabulary.items():
         if special[number]:
             continue
-        # Between two letters: spaces that a decoder takes from the ends of a text stay.
-        text = decoder.decode(["a", piece, "a"])[1:].removesuffix(after) if decoder else f" {piece}"
+        # Between two letters: spaces that a decoder takes from the ends of a text stay. After a line end `a` may stand without its space.
+        text = decoder.decode(["a", piece, "a"])[1:].removesuffix("a").removesuffix(after[:-1]) if decoder else f" {piece}"
         found[number] = (_bytes(piece, text) if "\ufffd" in text else None) or text
     return found
 

@@ -5,8 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models import size
+from pipeline import recipe
+from pipeline.models import build, size
 from pipeline.models.modeling_trimline import TrimlineForCausalLM, TrimlineForMaskedLM
+from pipeline.shipped import shipped
 
 
 def test_block_parameters_are_those_of_the_modules(make_config):
@@ -40,3 +42,35 @@ def test_predicting_fewer_positions_and_training_scale_the_count(make_config):
     all_, none = size.flops_per_token(config, 16), size.flops_per_token(config, 16, predicted=0.0)
     assert all_ - none == 2 * (32 * 32 + 32 * 40)
     assert size.training_flops_per_row(config, 16) == 3 * 16 * all_
+
+
+class Vocabulary:
+    """What a model asks of a tokenizer."""
+
+    pad_token_id, bos_token_id, eos_token_id = 0, 2, 3
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __len__(self):
+        return self.tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "layers", "published"),
+    [("wikitext103-247m", 267_739, 201.5, 247), ("wikitext103-150m", 267_739, 38.4, 149), ("enwik8-38m", 261, 37.8, 38)],
+)
+def test_the_papers_models_have_the_papers_size(name, vocabulary, layers, published):
+    """layers: of the blocks alone; both in millions. The rest are embeddings, their projections and the clusters of the softmax."""
+    settings = recipe.load(shipped("recipes") / f"trime-{name}.yaml").model
+    with torch.device("meta"):
+        model = build.new(settings, Vocabulary(vocabulary))
+    assert round(size.parameters(model) / 1e6) == published
+    assert round(size.parameters(model.model.layers) / 1e6, 1) == layers
+
+
+@pytest.mark.parametrize("path", sorted(shipped("recipes").glob("trime-*-[0-9]*m*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_recipes_hold_together(path):
+    loaded = recipe.load(path)
+    assert loaded.name == path.stem
+    assert loaded.pretrain.batch_size * loaded.pack.length in (73_728, 72_000, 49_152)

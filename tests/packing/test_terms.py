@@ -17,7 +17,7 @@ from pipeline.corpus.store import Store, Writer
 from pipeline.errors import UserError
 from pipeline.packing import segments, terms
 
-KINDS = ["unigram", "bpe", "bytes", "byte-level", "wordpiece"]
+KINDS = ["unigram", "bpe", "bytes", "words", "byte-level", "wordpiece"]
 END = 3
 SENTENCE = "The model reads a long text and learns which word (e.g. Doge's, MODELS, x_1) comes next: 1,000 words, while don't end-of-line."
 PIECES = ["the ", "The", "MODEL", " don't", "_", "1,000", "e.g.", "\n", "é", "É", "größer", "日本", "😀", "e\u0301", "\u0130", "Σ", " ", "<s>", "x"]
@@ -63,7 +63,7 @@ def trained(tmp_path_factory):
     texts = [" ".join(draw.choices(SENTENCE.split(), k=40)) + f" größer É 日本 {number}" for number in range(300)]
     root = tmp_path_factory.mktemp("tokenizers")
     found = {kind: by_library(kind, texts) for kind in ("byte-level", "wordpiece")}
-    for kind in ("unigram", "bpe", "bytes"):
+    for kind in ("unigram", "bpe", "bytes", "words"):
         tokenizers.train(Specification(kind=kind, vocab_size=420), texts, root / kind)
         found[kind] = tokenizers.load(root / kind)
     return found
