@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import model_validator
 
@@ -35,7 +35,7 @@ class TrainSettings(Settings):
     keep_checkpoints: int = setting(2, "Newest checkpoints kept while training.", ge=1, result=False)
 
     @model_validator(mode="after")
-    def _warms_up(self) -> Self:
+    def _warms_up(self) -> TrainSettings:
         if self.schedule == "inverse_sqrt" and not self.warmup_ratio:
             raise ValueError("schedule inverse_sqrt falls by the steps of the warm-up: set warmup_ratio above 0")
         return self

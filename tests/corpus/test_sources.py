@@ -19,7 +19,8 @@ def texts_of(path, **options):
 
 WIKITEXT = """ \n = First = \n \n Text , with = signs = \n \n = = A section = = \n
  = not a title =
- more text .\n \n = M = 2 = \n \n = = = Deep = = = \n \n End .\n"""
+ more text .
+ = neither =\n \n = M = 2 = \n \n = = = Deep = = = \n \n End .\n"""
 
 
 def lines(*records):
