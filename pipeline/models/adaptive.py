@@ -90,7 +90,8 @@ class AdaptiveHead(nn.Module):
     def scores(self, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """hidden [N, d], targets int64 [N] -> log partition and score of the target [N], in fp32 at least; their difference is the cross-entropy.
 
-        A tail is computed for the rows that have a target in it. chunk: rows of scores held at a time, computed again in the backward pass.
+        A tail is computed for the rows that have a target in it. chunk: rows of scores held at a time, computed again in the backward pass,
+        where each chunk makes a gradient of every table: a few large chunks are quicker than many small ones.
         """
         return self(hidden, targets, chunk)  # through the call, where ZeRO-3 gathers the parameters
 
