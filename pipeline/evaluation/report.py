@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ memories: as `memories.Tested.report` gives it;
 task: {split, metric, scores: {model: {metric: value}}}; models: {model: {parameters, encoder_parameters or None}};
 latency: as `speed.latency` gives it. What is missing is None or empty."""
 
-Rows = list[list[str]]
+Rows = Sequence[Sequence[str]]
 
 
 def write(report: Report, directory: Path) -> None:
@@ -38,13 +39,15 @@ def table(report: Report) -> Group:
     """The results for the terminal, for rich to print."""
     shown = [_terminal_table("Results", _result_rows(report))]
     if report.get("memories"):
-        shown.append(_terminal_table("Memories", _memory_rows(report)))
+        *figures, values = zip(*_memory_rows(report), strict=True)
+        shown.append(_terminal_table("Memories", list(zip(*figures, strict=True))))
+        shown.append(_terminal_table("", [row for row in zip(figures[0], values, strict=True) if row[1]]))
     return Group(*shown, *_notes(report))
 
 
 def _terminal_table(title: str, rows: Rows) -> Table:
     head, *body = rows
-    shown = Table(*head, title=title, title_justify="left")
+    shown = Table(*head, title=title or None, title_justify="left")
     for row in body:
         shown.add_row(*row)
     return shown
@@ -100,12 +103,13 @@ def _result_rows(report: Report) -> Rows:
 
 def _memory_rows(report: Report) -> Rows:
     """One row a memory."""
-    head = ["memory", "nats a token", "perplexity", "word perplexity", "bits per byte", "memory's share", "tokens a second", "values"]
+    head = ["memory", "nats", "perplexity", "a word", "bits per byte", "share", "tokens/s", "values"]
     return [head, *(_memory_row(row) for row in report["memories"]["rows"])]
 
 
 def _memory_row(row: dict[str, Any]) -> list[str]:
-    words = "" if row["word_perplexity"] is None else f"{row['word_perplexity']:,.2f}"
+    words = row["word_perplexity"]
+    words = "" if words is None else f"{words:,.2f}" if words < 1e5 else f"{words:.2e}"
     values = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in row["values"].items())
     figures = [f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}", words, f"{row['bits_per_byte']:.4f}", f"{row['share']:.1%}"]
     return [row["memory"], *figures, f"{row['tokens_per_second']:,.0f}", values]
@@ -137,7 +141,10 @@ def _memory_notes(memories: dict[str, Any]) -> list[str]:
     )
     tuned = f"values tuned on {memories['development_documents']:,} others" if memories["development_documents"] else "no value was tuned"
     text = f"{memories['tokens']:,} tokens ({memories['words']:,} words, {memories['bytes']:,} bytes) of {memories['documents']:,} held-out documents"
-    notes = [f"Memories: {text}, read in {read}; {tuned}. Speed counts the model and the memory's own work."]
+    notes = [
+        f"Memories: {text}, read in {read}; {tuned}.",
+        "Nats and perplexity are of a token, or of a word between white space; share is the memory's, of probability; speed counts model and memory.",
+    ]
     if any("long" in row["memory"] for row in memories["rows"]):
         emptied = "emptied where a document ends" if long["reset"] else "never emptied"
         notes.append(f"Long memory: the last {long['size']:,} scored places before the window, {emptied}.")

@@ -55,6 +55,11 @@ class Held:
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys])
         self.values = values if self.values is None else torch.cat([self.values, values])
 
+    def entries(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
     def forget(self, before: int) -> None:
         """Let go of the entries below that number."""
         if self.keys is not None and self.values is not None and before > self.start:

@@ -185,23 +185,24 @@ class _Measuring:
         return partition, target, (largest - partition).exp() >= self.how.skip_confident
 
     def _local(self, batch: Read, temperatures: Sequence[float]) -> Tensor:
-        found = []
-        for states, (begin, first, end) in zip(batch.memory, batch.windows.tolist(), strict=True):
-            keys, scored = states[: end - begin - 1], slice(first - begin - 1, end - begin - 1)
-            values = torch.from_numpy(self.text.tokens[begin + 1 : end]).to(self.device)
-            high = torch.arange(scored.start, scored.stop, device=self.device)
-            found.append(sums.over_range(keys[scored], keys, values, values[scored], torch.zeros_like(high), high, temperatures))
-        return torch.cat(found, dim=1)
+        begin, first, end = (batch.windows[:, column, None] for column in range(3))
+        skipped = int((first - begin).min()) - 1  # rows of context that no window of the batch scores
+        keys, length = batch.memory, batch.memory.shape[1]
+        places = begin + 1 + np.arange(length)
+        values = torch.from_numpy(self.text.tokens[np.minimum(places, len(self.text) - 1)]).to(self.device)
+        high = torch.arange(skipped, length, device=self.device).expand(len(keys), -1)
+        found = sums.over_range(keys[:, skipped:], keys, values, values[:, skipped:], torch.zeros_like(high), high, temperatures)
+        chosen = (places >= first) & (places < end)
+        return found[:, torch.from_numpy(chosen[:, skipped:]).to(self.device)]
 
     def _long(self, states: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
         begin = self.held.end
         self.held.extend(states, targets)
         self.held.forget(int(self.low[begin]))
-        assert self.held.keys is not None
-        assert self.held.values is not None
+        keys, values = self.held.entries()
         rows = slice(begin, begin + len(states))
-        low, high = (torch.from_numpy(bound[rows] - self.held.start).to(self.device) for bound in (self.low, self.high))
-        return sums.over_range(states, self.held.keys, self.held.values, targets, low, high, temperatures)
+        low, high = (torch.from_numpy(bound[rows] - self.held.start).to(self.device)[None] for bound in (self.low, self.high))
+        return sums.over_range(states[None], keys[None], values[None], targets[None], low, high, temperatures)[:, 0]
 
     def _external(self, queries: Tensor, targets: Tensor, confident: Tensor | None, temperatures: Sequence[float]) -> Tensor:
         assert self.store is not None

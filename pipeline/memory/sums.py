@@ -9,27 +9,33 @@ import torch
 from torch import Tensor
 
 ROWS, ENTRIES = 512, 4096
-"""Queries and entries whose scores are held at a time: 8 MiB of them, and as much again for each of about four intermediates."""
+"""Queries and entries, of one group or several, whose scores are held at a time: 8 MiB of them, and as much again for each of about four
+intermediates."""
 
 
 def over_range(queries: Tensor, keys: Tensor, values: Tensor, targets: Tensor, low: Tensor, high: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """fp32 [2, n, T]: log sum exp of <q, k> / (sqrt(d) t) over the entries low .. high - 1 of each query, and over those with its target as value.
+    """fp32 [2, g, n, T]: log sum exp of <q, k> / (sqrt(d) t) over the entries low .. high - 1 of each query's group, and over those of them
+    whose value is its target.
 
-    queries [n, d], keys [m, d], values int64 [m], targets, low, high int64 [n], all on one device.
+    Of each of g groups: queries [g, n, d], keys [g, m, d], values int64 [g, m], targets, low, high int64 [g, n], all on one device.
     """
-    found = torch.full((2, len(queries), len(temperatures)), -torch.inf, device=queries.device)
-    scaled = queries.float() / queries.shape[1] ** 0.5
-    for top in range(0, len(queries), ROWS):
-        rows = slice(top, top + ROWS)
-        first, end = (int(low[rows].min()), int(high[rows].max())) if len(keys) else (0, 0)
-        for left in range(first, end, ENTRIES):
-            right = min(left + ENTRIES, end)
-            number = torch.arange(left, right, device=queries.device)
-            visible = (number >= low[rows, None]) & (number < high[rows, None])
-            scores = (scaled[rows] @ keys[left:right].float().T).masked_fill_(~visible, -torch.inf)
-            match = visible & (values[left:right] == targets[rows, None])
-            found[:, rows] = torch.logaddexp(found[:, rows], of_scores(scores, match, temperatures))
+    found = torch.full((2, *queries.shape[:2], len(temperatures)), -torch.inf, device=queries.device)
+    scaled = queries.float() / queries.shape[2] ** 0.5
+    together = max(ROWS * ENTRIES // max(min(queries.shape[1], ROWS) * min(keys.shape[1], ENTRIES), 1), 1)
+    for groups, rows in itertools.product(_blocks(len(queries), together), _blocks(queries.shape[1], ROWS)):
+        here = groups, rows
+        for entries in _blocks(int(high[here].max()), ENTRIES, int(low[here].min())):
+            number = torch.arange(entries.start, entries.stop, device=queries.device)
+            visible = (number >= low[here][..., None]) & (number < high[here][..., None])
+            scores = (scaled[here] @ keys[groups, entries].float().mT).masked_fill_(~visible, -torch.inf)
+            match = visible & (values[groups, None, entries] == targets[here][..., None])
+            summed = of_scores(scores.flatten(0, 1), match.flatten(0, 1), temperatures).unflatten(1, scores.shape[:2])
+            found[:, groups, rows] = torch.logaddexp(found[:, groups, rows], summed)
     return found
+
+
+def _blocks(end: int, size: int, start: int = 0) -> list[slice]:
+    return [slice(first, min(first + size, end)) for first in range(start, end, size)]
 
 
 def over_nearest(scores: Tensor, values: Tensor, targets: Tensor, neighbours: Sequence[int], temperatures: Sequence[float]) -> Tensor:
@@ -38,8 +44,7 @@ def over_nearest(scores: Tensor, values: Tensor, targets: Tensor, neighbours: Se
     scores [n, k] falling, -inf where there is no entry; values int64 [n, k]; targets int64 [n].
     """
     parts = []
-    for top in range(0, len(scores), ROWS):
-        rows = slice(top, top + ROWS)
+    for rows in _blocks(len(scores), ROWS):
         match = (values[rows] == targets[rows, None]) & ~scores[rows].isneginf()
         bounds = [0, *neighbours]
         slices = [of_scores(scores[rows, a:b], match[:, a:b], temperatures) for a, b in itertools.pairwise(bounds)]

@@ -35,6 +35,23 @@ FULL = {
 }
 CAUSAL = FULL | {"task": None, "latency": None, "models": {"pretrained": {"parameters": 3000, "encoder_parameters": None}}}
 
+MEMORIES = {
+    "tokens": 41000, "words": 10250, "characters": 51000, "bytes": 51250, "documents": 67, "development_documents": 33,
+    "window": {"block": 32, "context": 96}, "within_documents": True, "long": {"size": 2048, "reset": True, "keep_duplicates": False},
+    "skip_confident": None,
+    "rows": [
+        {
+            "memory": "none", "loss": 5.5, "perplexity": 244.69, "word_perplexity": None, "bits_per_byte": 6.348, "bits_per_character": 6.379,
+            "share": 0.0, "values": {}, "development_loss": 5.4, "warnings": [], "seconds": 10.0, "tokens_per_second": 4100.0,
+        },
+        {
+            "memory": "local+long", "loss": 5.0, "perplexity": 148.41, "word_perplexity": 4.85e8, "bits_per_byte": 5.771, "bits_per_character": 5.8,
+            "share": 0.25, "values": {"temperature": 4.0, "bias": 1.5}, "development_loss": 5.1,
+            "warnings": ["temperature 4 is the end of its grid"], "seconds": 20.0, "tokens_per_second": 2050.0,
+        },
+    ],
+}  # fmt: skip
+
 
 def lines(text):
     return {tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in text.splitlines()}
@@ -75,4 +92,27 @@ def test_the_terminal_shows_the_same_results():
     screen.print(reports.table(FULL))
     shown = screen.file.getvalue()
     for figure in ("0.8850", "2.50x", "7.39", "1,900"):
+        assert figure in shown
+
+
+def test_memories_have_a_table_their_values_and_their_warnings():
+    report = CAUSAL | {"memories": MEMORIES}
+    text = reports.markdown(report)
+    assert ("memory", "nats", "perplexity", "a word", "bits per byte", "share", "tokens/s", "values") in lines(text)
+    assert ("none", "5.5000", "244.69", "", "6.3480", "0.0%", "4,100", "") in lines(text)
+    assert ("local+long", "5.0000", "148.41", "4.85e+08", "5.7710", "25.0%", "2,050", "temperature 4, bias 1.5") in lines(text)
+    assert "Memories: 41,000 tokens (10,250 words, 51,250 bytes) of 67 held-out documents" in text
+    assert "windows of 32 tokens with 96 before them, which stop where documents do; values tuned on 33 others." in text
+    assert "Long memory: the last 2,048 scored places before the window, emptied where a document ends." in text
+    assert "Warning, local+long: temperature 4 is the end of its grid." in text
+    assert "Memories" not in reports.markdown(CAUSAL)
+    figures = reports.headline(report)
+    assert (figures["perplexity_none"], figures["perplexity_local_long"]) == (244.69, 148.41)
+
+
+def test_the_terminal_shows_memories_and_their_values_in_a_narrow_window():
+    screen = Console(file=io.StringIO(), width=100)
+    screen.print(reports.table(CAUSAL | {"memories": MEMORIES}))
+    shown = screen.file.getvalue()
+    for figure in ("148.41", "25.0%", "2,050", "temperature 4, bias 1.5", "Warning, local+long"):
         assert figure in shown

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from pipeline.memory import pieces, statistics
+from pipeline.memory.kinds import Memory
 from pipeline.memory.long_term import LongTerm
+from pipeline.memory.mixtures import predict
 from pipeline.memory.reading import Text, windows
 from pipeline.memory.statistics import Measurement, measure
 from pipeline.models.causal_reader import CausalReader
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineForCausalLM
+from pipeline.objectives.settings import TrimeSettings
+from pipeline.objectives.trime import TrimeLocal
 
 VOCABULARY = 23
 TEMPERATURES = {"local": (0.5, 1.0), "long": (1.0, 1.6), "external": (0.3, 2.0)}
@@ -123,6 +127,19 @@ def test_the_loss_without_memory_is_the_models_own():
     with torch.no_grad():
         loss = reader.model(input_ids=torch.from_numpy(stream.tokens[None])).logits[0, :-1].log_softmax(1)
     assert (found.partition - found.target).tolist() == pytest.approx([-float(loss[i, t]) for i, t in enumerate(stream.tokens[1:])], abs=1e-6)
+
+
+def test_training_and_testing_with_local_memory_are_one_formula():
+    reader, stream = decoder(), text((12,))
+    found = measure(reader, stream, how(block=11, context=0, temperatures={"local": (1.0,)}))
+    rows = torch.from_numpy(stream.tokens[None])
+    objective = TrimeLocal(TrimeSettings(), seed=0, ce_warmup_steps=0).eval()
+    batch = objective.prepare({"input_ids": rows, "attention_mask": torch.ones_like(rows), "segment": torch.zeros(1, dtype=torch.long)}, 0)
+    with torch.no_grad():
+        losses = objective.token_losses(reader.model, batch, 0)
+    prediction = predict(Memory.of("local"), found, {"temperature": 1.0})
+    np.testing.assert_allclose(-prediction.log_probability, losses["trime"], atol=1e-5)
+    np.testing.assert_allclose(prediction.share, losses["memory_share"], atol=1e-5)
 
 
 def test_a_long_memory_that_holds_everything_beside_windows_that_do_not_overlap_is_one_causal_memory():
