@@ -66,7 +66,7 @@ class Datastore:
         if about["kind"] == "flat":
             return cls(place, about, shards, None, None)
         index = quantiser.merge([description.shard(place, number) / "part.faiss" for number in range(len(about["shards"]))])
-        return cls(place, about, shards, index, quantiser.trained(place)[1])
+        return cls(place, about, shards, index, Projection.open(place / "projection.npz"))
 
     def __len__(self) -> int:
         """Entries that have not been removed."""
@@ -139,14 +139,13 @@ class Datastore:
 
     def _approximate(self, queries: nearest.Floats, k: int) -> tuple[nearest.Floats, nearest.Ints]:
         assert self._index is not None
-        narrow = queries if self._projection is None else self._projection(queries)
+        assert self._projection is not None
         self._index.nprobe = min(self.probe, self._index.nlist)
         count = max(CANDIDATES * k, LEAST_CANDIDATES) if self._shards.keys else k
-        similarity, entries = self._index.search(narrow, min(count, len(self._shards)))
+        distances, entries = self._index.search(self._projection.queries(queries), min(count, len(self._shards)))
         if self._shards.keys:
             return nearest.best(*nearest.rescored(queries, self._shards, entries, self.metric, faiss.omp_get_max_threads()), k)
-        if self._projection is not None:
-            similarity = similarity + self._projection.offset(queries, self.metric)
         values = self._shards.values_of(entries)
+        similarity = self._projection.similarity(queries, distances)
         scores = np.where(values < 0, nearest.NONE, nearest.scale(similarity, self.metric, self.dimensions))
         return nearest.best(scores, values, k)

@@ -5,7 +5,7 @@
     shards/00000/values.npy   int32 [n], the token at each key's place; -1 where the entry was removed
     shards/00000/part.faiss   the shard's inverted lists, of kind ivfpq
     quantiser.faiss           what every part is made with: lists and codes, no entries
-    projection.npz            `components` float32 [r, d], `mean` float32 [d]: the principal components, where keys are reduced
+    projection.npz            `components` float32 [r, d], `mean` float32 [d]: what lists and codes are made of, of kind ivfpq
     documents.jsonl           a line a document: number, key (where it came from), first and count (its entries), sha256 (of its tokens), preview
     tokenizer/                what encodes further documents
 

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.corpus.store import tokens_at
-from pipeline.memory.quantiser import METRICS
 from pipeline.memory.shards import REMOVED, Shards
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 NONE = np.float32(-np.inf)
 """The score of an entry that is not there."""
 _QUERIES = 32

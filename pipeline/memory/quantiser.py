@@ -1,4 +1,4 @@
-"""Inverted lists of product-quantised keys (Jegou et al. 2011), by faiss; before them, where asked, principal components.
+"""Inverted lists of product-quantised keys (Jegou et al. 2011), by faiss; before them, principal components, all of them or fewer.
 
 One trained quantiser makes a part of every shard; the parts are merged when the datastore is opened, and 4-bit codes laid out for
 SIMD look-ups (Andre et al. 2015).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from pipeline.memory.settings import IndexSettings
 
 Floats = NDArray[np.float32]
 
-METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 SAMPLE = 64
 """Keys that it is trained on for each list, or each value of a code where those are more; faiss asks for 39."""
 PARTS = 64
@@ -31,46 +30,64 @@ PARTS = 64
 
 @dataclass(frozen=True)
 class Projection:
-    """Principal components of the keys: components float32 [r, d], orthonormal rows; mean float32 [d]; spread: mean square of what is left out.
+    """Keys and queries as they are searched: of r dimensions, the nearest by Euclidean distance being those with the highest scores.
 
-    Differences, and so Euclidean distances, need no centring, nor do inner products with a query: what the components leave out of a
-    key is nearly the mean's own, `rest`, which `offset` gives back.
+    Principal components, all or some, turned at random so that each carries as much: states of transformers have a few large dimensions,
+    which would take up the codes. For inner products a further coordinate of the keys, sqrt(radius - |k|^2), makes all keys equally long
+    (Bachrach et al. 2014): then |q - k|^2 = |q|^2 + radius - 2 <q, k>. Codes err less so than on inner products themselves, to which
+    what all keys have in common adds most.
+
+    components float32 [r, d]; mean float32 [d] of the keys; lift float32 [r], the direction of the further coordinate; radius: the largest
+    |k|^2, or 0 for Euclidean distance; spread: mean square of what the components leave out.
     """
 
     components: Floats
     mean: Floats
+    lift: Floats
+    radius: float
     spread: float
 
     @classmethod
-    def of(cls, keys: Floats, dimensions: int) -> Projection:
-        mean = keys.mean(axis=0)
+    def of(cls, keys: Floats, dimensions: int, metric: str, seed: int) -> Projection:
+        """From a sample of the keys, float32 [n, d]. With inner products the further coordinate takes the place of the least component."""
         values, vectors = np.linalg.eigh(np.cov(keys, rowvar=False).astype(np.float64))
-        components = np.ascontiguousarray(vectors[:, ::-1][:, :dimensions].T, dtype=np.float32)
-        return cls(components, mean, float(values[:-dimensions].sum()))
+        turn = np.linalg.qr(np.random.default_rng(seed).standard_normal((dimensions, dimensions)))[0]
+        kept = dimensions - (metric == "ip")
+        components = np.ascontiguousarray(turn[:, :kept] @ vectors[:, ::-1][:, :kept].T, dtype=np.float32)
+        lift = turn[:, -1].astype(np.float32) if metric == "ip" else np.zeros(dimensions, dtype=np.float32)
+        radius = float(np.square(keys).sum(axis=1).max()) if metric == "ip" else 0.0
+        return cls(components, keys.mean(axis=0), lift, radius, float(values[: len(values) - kept].sum()))
 
-    def __call__(self, vectors: Floats) -> Floats:
+    def keys(self, keys: Floats) -> Floats:
         """[n, d] -> [n, r]."""
-        return np.ascontiguousarray(vectors @ self.components.T)
+        narrow = (keys - self.mean) @ self.components.T
+        if self.radius:
+            narrow += np.sqrt(np.maximum(self.radius - np.square(keys).sum(axis=1, keepdims=True), 0)) * self.lift
+        return np.ascontiguousarray(narrow, dtype=np.float32)
 
-    def offset(self, queries: Floats, metric: str) -> Floats:
-        """float32 [n, 1]: what is missing on average from a query's inner product, or squared distance, among the components."""
-        if metric == "ip":
-            return queries @ self._rest(self.mean[None]).T
-        return (np.square(self._rest(queries - self.mean)).sum(axis=1, keepdims=True) + np.float32(self.spread)).astype(np.float32)
+    def queries(self, queries: Floats) -> Floats:
+        """[n, d] -> [n, r]."""
+        return np.ascontiguousarray((queries - self.mean) @ self.components.T)
 
-    def _rest(self, vectors: Floats) -> Floats:
-        return vectors - (vectors @ self.components.T) @ self.components
+    def similarity(self, queries: Floats, distances: Floats) -> Floats:
+        """Inner products, or squared distances, of whole vectors from squared distances [n, k] of narrow ones and the rest's mean."""
+        centred = queries - self.mean
+        left_out = np.square(centred).sum(axis=1, keepdims=True) - np.square(centred @ self.components.T).sum(axis=1, keepdims=True)
+        whole = distances + left_out + np.float32(self.spread)
+        if not self.radius:
+            return whole
+        return (np.square(queries).sum(axis=1, keepdims=True) + np.float32(self.radius) - whole) / 2
 
     def save(self, path: Path) -> None:
         temporary = path.with_name(f".{path.name}.tmp")
         with open(temporary, "wb") as file:
-            np.savez(file, components=self.components, mean=self.mean, spread=np.float64(self.spread))
+            np.savez(file, **asdict(self))
         _place(temporary, path)
 
     @classmethod
     def open(cls, path: Path) -> Projection:
         with np.load(path, allow_pickle=False) as found:
-            return cls(found["components"], found["mean"], float(found["spread"]))
+            return cls(found["components"], found["mean"], found["lift"], float(found["radius"]), float(found["spread"]))
 
 
 def lists_for(entries: int) -> int:
@@ -89,27 +106,23 @@ def sample(settings: IndexSettings, entries: int, seed: int) -> NDArray[np.int64
 
 
 def train(directory: Path, keys: Floats, entries: int, settings: IndexSettings, seed: int) -> None:
-    """Write `quantiser.faiss`, and `projection.npz` where keys are reduced. keys: float32 [n, d], a sample of the `entries`.
+    """Write `projection.npz`, then `quantiser.faiss`. keys: float32 [n, d], a sample of the `entries`.
 
     Raises UserError when the settings do not suit the keys.
     """
-    dimensions = keys.shape[1]
-    if settings.reduce is not None:
-        if settings.reduce > dimensions:
-            raise UserError(f"index.reduce {settings.reduce} exceeds the {dimensions} dimensions of a key; lower it, or leave it out")
-        projection = Projection.of(keys, settings.reduce)
-        projection.save(directory / "projection.npz")
-        keys, dimensions = projection(keys), settings.reduce
-    bits = bits_of(settings)
-    lists = min(settings.lists or lists_for(entries), len(keys))
+    dimensions, bits = settings.reduce or keys.shape[1], bits_of(settings)
+    if dimensions > keys.shape[1]:
+        raise UserError(f"index.reduce {dimensions} exceeds the {keys.shape[1]} dimensions of a key; lower it, or leave it out")
     if len(keys) < 1 << bits:
         raise UserError(f"index.kind: {len(keys)} keys are too few to train codes of {bits} bits; set index.kind=flat")
     parts = _subquantizers(settings, dimensions)
-    coarse = faiss.IndexFlat(dimensions, METRICS[settings.metric])
-    index = faiss.IndexIVFPQ(coarse, dimensions, lists, parts, bits, METRICS[settings.metric])
+    lists = min(settings.lists or lists_for(entries), len(keys))
+    projection = Projection.of(keys, dimensions, settings.metric, seed)
+    index = faiss.IndexIVFPQ(faiss.IndexFlatL2(dimensions), dimensions, lists, parts, bits)
     index.cp.seed = index.pq.cp.seed = seed % (1 << 31)
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # the sample is what there is
-    index.train(keys)
+    index.train(projection.keys(keys))
+    projection.save(directory / "projection.npz")
     _write(index, directory / "quantiser.faiss")
 
 
@@ -121,18 +134,12 @@ def _subquantizers(settings: IndexSettings, dimensions: int) -> int:
     return settings.subquantizers
 
 
-def trained(directory: Path) -> tuple[Any, Projection | None]:
-    """The empty index and the projection, as `train` wrote them."""
-    projection = directory / "projection.npz"
-    return faiss.read_index(str(directory / "quantiser.faiss")), Projection.open(projection) if projection.is_file() else None
-
-
 def write_part(path: Path, directory: Path, blocks: Iterable[tuple[NDArray[np.int64], Floats]]) -> None:
     """The inverted lists of some entries, made with the quantiser of `directory`."""
-    index, projection = trained(directory)
+    index, projection = faiss.read_index(str(directory / "quantiser.faiss")), Projection.open(directory / "projection.npz")
     for entries, keys in blocks:
         if len(entries):
-            index.add_with_ids(keys if projection is None else projection(keys), entries)
+            index.add_with_ids(projection.keys(keys), np.ascontiguousarray(entries))
     _write(index, path)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.memory import description
+from pipeline.memory import description, quantiser
 from pipeline.memory.datastore import Datastore
 from pipeline.memory.settings import IndexSettings
 from pipeline.models import identity
@@ -69,6 +69,23 @@ def test_fewer_lists_visited_miss_what_more_find(tmp_path, queries):
         overlap[opened.probe] = float(torch.isclose(opened.search(queries, 8)[0], exact, atol=1e-4).float().mean())
     assert overlap[1] < 0.9
     assert overlap[32] > 0.9
+
+
+def test_what_all_keys_have_in_common_does_not_hide_their_differences(tmp_path):
+    """States of real models lie in a narrow cone, where codes of inner products tell hardly anything apart."""
+    draws = np.random.default_rng(0)
+    keys = (20 + draws.standard_normal((4000, 16)) * np.linspace(0.2, 2, 16)).astype(np.float32)
+    keys *= 16 / np.linalg.norm(keys, axis=1, keepdims=True)
+    asked = keys[:50] + draws.standard_normal((50, 16)).astype(np.float32) / 10
+    settings = IndexSettings(**IVF)
+    quantiser.train(tmp_path, keys[:2000], len(keys), settings, seed=1)
+    quantiser.write_part(tmp_path / "part.faiss", tmp_path, [(np.arange(4000), keys)])
+    projection, index = quantiser.Projection.open(tmp_path / "projection.npz"), quantiser.merge([tmp_path / "part.faiss"])
+    index.nprobe = 8
+    distances, entries = index.search(projection.queries(asked), 40)
+    truth = np.argsort(-asked @ keys.T, axis=1)[:, :10]
+    assert np.mean([np.isin(one, other).mean() for one, other in zip(truth, entries, strict=True)]) > 0.95
+    np.testing.assert_allclose(projection.similarity(asked, distances), np.take_along_axis(asked @ keys.T, entries, axis=1), rtol=2e-3)
 
 
 @pytest.mark.parametrize("kind", [{}, IVF])

@@ -175,10 +175,10 @@ def test_two_mpi_ranks_make_what_one_makes(tmp_path):
     """The real launcher, from text to datastore."""
     draws = np.random.default_rng(0)
     (tmp_path / "corpus.txt").write_text("\n\n".join(" ".join(f"word{n}" for n in draws.integers(0, 40, size=20)) for _ in range(40)))
-    found = []
+    corpus, found = str(tmp_path / "corpus.txt"), []
     for ranks in (1, 2):
         written = {
-            "name": f"run{ranks}", "runs_dir": str(tmp_path / "runs"), "tokenize": {**TOKENIZER, "sources": [str(tmp_path / "corpus.txt")], "validation": 0.2},
+            "name": f"run{ranks}", "runs_dir": str(tmp_path / "runs"), "tokenize": {**TOKENIZER, "sources": [corpus], "validation": 0.2},
             "model": {"from": str(tmp_path / "model")}, "index": {"ranks": ranks, "shard_keys": 800, "kind": "ivfpq", "lists": 16, "window": WINDOW},
         }  # fmt: skip
         decoder(tmp_path / "model", words=261)
