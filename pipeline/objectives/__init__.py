@@ -35,7 +35,7 @@ def build(
     if isinstance(settings, CausalSettings):
         from pipeline.objectives.causal import Causal
 
-        return Causal()
+        return Causal(settings.chunk, memory_module)
     from pipeline.objectives import trime
 
     kinds: dict[str, type[trime.Trime]] = {"trimelm": trime.TrimeLocal, "trimelm_long": trime.TrimeLong, "trimelm_ext": trime.TrimeExternal}

@@ -37,6 +37,13 @@ class CausalSettings(ObjectiveSettings):
 
     kind: ClassVar[str] = "decoder"
     name: Literal["causal"] = "causal"
+    chunk: int | None = setting(
+        None,
+        "Rows of vocabulary scores held at a time, computed again in the backward pass: less memory, and on a CPU less time. null: all.",
+        unit="rows",
+        ge=1,
+        result=False,
+    )
 
 
 class TrimeSettings(ObjectiveSettings):
@@ -50,11 +57,7 @@ class TrimeSettings(ObjectiveSettings):
         "all", "Which queries teach a key: all that see it; own_segment: those of its own segment, as in the paper's code with a segment a GPU."
     )
     chunk: int | None = setting(
-        None,
-        "Rows of scores held at a time, of memory and vocabulary, computed again in the backward pass; null holds all.",
-        unit="rows",
-        ge=1,
-        result=False,
+        512, "Rows of scores held at a time, as for causal, those of the memory too. null: all.", unit="rows", ge=1, result=False
     )
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.causal_reader import CausalReader
 from pipeline.models.vocabulary import linear_scores, scores_of
 from pipeline.objectives import across_ranks
 from pipeline.objectives.base import Batch
@@ -105,10 +104,9 @@ class Trime(Causal, ABC):
     """No entry is seen that comes later in the group."""
 
     def __init__(self, settings: TrimeSettings, seed: int, *, ce_warmup_steps: int, rows: int = 1, ranks: int = 1, memory_module: str | None = None):
-        super().__init__()
+        super().__init__(settings.chunk, memory_module)
         self.settings, self.seed, self.ce_warmup_steps = settings, seed, ce_warmup_steps
-        self.rows, self.ranks, self.memory_module = rows, ranks, memory_module
-        self._reader: CausalReader | None = None
+        self.rows, self.ranks = rows, ranks
         self._team: Any = None
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
@@ -122,16 +120,13 @@ class Trime(Causal, ABC):
 
     def token_losses(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Each named loss of every target of a prepared batch, row by row: [targets]."""
-        if self._reader is None or self._reader.model is not model:
-            self._reader = CausalReader(model, self.memory_module)  # type: ignore[arg-type]
-        hidden, memory = self._reader.read(**{name: batch[name] for name in ("input_ids", "document_ids") if name in batch})
+        hidden, memory, labelled = self.read(model, batch)
         labels = batch["labels"][:, 1:]
-        labelled = labels != -100
-        partition, target = self._reader.scores(hidden[:, :-1][labelled], labels[labelled], self.settings.chunk)
+        partition, target = self.reader(model).scores(hidden[labelled], labels[labelled], self.chunk)
         cross_entropy = partition - target
         if self.training and step < self.ce_warmup_steps:
             return {"trime": cross_entropy, "cross_entropy": cross_entropy.detach(), "memory_share": torch.zeros_like(cross_entropy)}
-        every, positive = (sums.view_as(labels)[labelled] for sums in self._log_sums(memory[:, :-1], labels, batch))
+        every, positive = (sums.view_as(labels)[labelled] for sums in self._log_sums(memory, labels, batch))
         share = torch.sigmoid(every.detach() - partition.detach())
         return {"trime": joint_loss(partition, target, every, positive), "cross_entropy": cross_entropy.detach(), "memory_share": share}
 
@@ -147,7 +142,7 @@ class Trime(Causal, ABC):
         visible = self._visibility(query_marks, key_marks, index, first, length, inside_documents="document_ids" in batch)
         own_segment = None if self.settings.key_gradients == "all" else _same(index // length, index[first : first + queries.shape[1]] // length)
         return log_sums(
-            queries, query_marks["labels"], keys, key_marks["labels"], visible, scale=keys.shape[-1] ** -0.5, chunk=self.settings.chunk,
+            queries, query_marks["labels"], keys, key_marks["labels"], visible, scale=keys.shape[-1] ** -0.5, chunk=self.chunk,
             key_gradient=own_segment,
         )  # fmt: skip
 

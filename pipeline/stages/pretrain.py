@@ -13,7 +13,7 @@ from pipeline.models import build, export, size
 from pipeline.models.causal_reader import CausalReader
 from pipeline.models.modeling_trimline import TrimlineConfig
 from pipeline.objectives.base import Trainee
-from pipeline.objectives.settings import TrimeSettings
+from pipeline.objectives.settings import CausalSettings, TrimeSettings
 from pipeline.packing.loader import Loader
 from pipeline.packing.plan import Plan
 from pipeline.recipe import Recipe
@@ -34,7 +34,13 @@ def run(work: Work) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)  # every rank starts from the same weights
     model = starting_model(recipe, tokenizer, plan.length)
     objective = objectives.build(
-        settings.objective, tokenizer, recipe.seed, steps=settings.steps, group_size=plan.group_size, memory_module=recipe.model.memory_module, **together
+        settings.objective,
+        tokenizer,
+        recipe.seed,
+        steps=settings.steps,
+        group_size=plan.group_size,
+        memory_module=recipe.model.memory_module,
+        **together,
     )
     flops = size.training_flops_per_row(model.config, plan.length, objective.predicted) if isinstance(model.config, TrimlineConfig) else None
     parameters = size.parameters(model)
@@ -53,7 +59,7 @@ def run(work: Work) -> dict[str, Any]:
     )
     if work.ranks.first:
         export.save(model, tokenizer, work.directory / "model", summary.weights)
-    losses = {f"loss_{name}": round(loss, 4) for name, loss in summary.losses.items()}
+    losses = {name if name in trainee.figures else f"loss_{name}": round(loss, 4) for name, loss in summary.losses.items()}
     return {**losses, "steps": summary.steps, "tokens_per_second": round(summary.tokens_per_second), "parameters": parameters}
 
 
@@ -65,6 +71,7 @@ def starting_model(recipe: Recipe, tokenizer: Any, length: int) -> Any:
     head: build.Head = "mlm" if recipe.pretrain.objective.kind == "encoder" else "causal"
     model = build.load(recipe.model.from_, head=head, trust_remote_code=recipe.model.trust_remote_code)
     build.check_fits(model, tokenizer, length, recipe.pretrain.document_mask)
-    if isinstance(recipe.pretrain.objective, TrimeSettings):
+    objective = recipe.pretrain.objective
+    if isinstance(objective, TrimeSettings) or (isinstance(objective, CausalSettings) and objective.chunk):
         CausalReader(model, recipe.model.memory_module).check()
     return model

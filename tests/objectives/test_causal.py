@@ -67,3 +67,15 @@ def test_a_tiny_decoder_learns_a_toy_language(tokenizer):
         losses.append(loss.item())
     assert losses[0] > 5  # log 200 = 5.3 nats
     assert losses[-1] < 0.5
+
+
+def test_in_chunks_loss_and_gradients_are_the_same(tokenizer):
+    batch = batch_of([24, 10, 1])
+    found = []
+    for chunk in (None, 5):
+        causal, model = objectives.build(CausalSettings(chunk=chunk), tokenizer, seed=1), decoder().train()
+        loss = causal(model, causal.prepare(batch, 0), 0)["causal"]
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
