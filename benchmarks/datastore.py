@@ -232,7 +232,9 @@ def recall(found: list[Found], truth: list[Found]) -> float:
     return torch.cat(pairs).mean().item()
 
 
-def row(name: str, store: Datastore | None, alone: float, together: float, found: float | None, perplexity: float, best: float, seconds: float | None) -> None:
+def row(
+    name: str, store: Datastore | None, alone: float, together: float, found: float | None, perplexity: float, best: float, seconds: float | None
+) -> None:
     size = "" if store is None else f"{sum(entry['bytes'] for entry in store.description['files'].values()) / len(store):.0f}"
     reached = "" if found is None or (store is not None and not store.description["keep_keys"]) else f"{found:.3f}"
     made = "" if seconds is None else f"{seconds:.0f}"

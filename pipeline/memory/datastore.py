@@ -20,7 +20,7 @@ from pipeline.memory.description import Description
 from pipeline.memory.quantiser import Projection
 from pipeline.memory.shards import Shards
 
-CANDIDATES = 4
+CANDIDATES = 2
 """Entries scored exactly for each one asked for, where keys are kept."""
 LEAST_CANDIDATES = 256
 _ATTEMPTS = 3
