@@ -40,7 +40,7 @@ from pipeline.corpus.settings import Source, Specification
 from pipeline.corpus.store import Store
 from pipeline.evaluation.speed import device_name
 from pipeline.launch.ranks import Ranks
-from pipeline.memory import building, description, documents
+from pipeline.memory import building, documents
 from pipeline.memory.building import Window
 from pipeline.memory.datastore import Datastore
 from pipeline.memory.reading import Text, read, windows
@@ -92,9 +92,9 @@ def vocabulary(path: Path, size: int, directory: Path) -> None:
 def train(store: Store, given: argparse.Namespace, vocab: int, directory: Path) -> None:
     """A decoder, trained by AdamW on windows drawn at random."""
     torch.manual_seed(SEED)
-    length = given.block + given.context
+    length, width = given.block + given.context, 64 if given.hidden % 64 == 0 else 16
     config = TrimlineConfig(
-        vocab_size=vocab, hidden_size=given.hidden, head_dim=64 if given.hidden % 64 == 0 else 16, heads_per_layer=[max(given.hidden // 64, 1)] * given.layers,
+        vocab_size=vocab, hidden_size=given.hidden, head_dim=width, heads_per_layer=[given.hidden // width] * given.layers,
         ffn_per_layer=[4 * given.hidden] * given.layers, kind="decoder", norm="pre", max_position_embeddings=length, dropout=0.0,
         bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
@@ -198,8 +198,8 @@ def compare(given: argparse.Namespace, work: Path) -> None:
     exact = index(work, "keys", store, reader, given, {"kind": "flat"})[0]
     print(
         f"\n{size.parameters(reader.model) / 1e6:.1f} M parameters, {len(exact):,} entries of {exact.dimensions} dimensions read in"
-        f" {time.perf_counter() - begun:.0f} s on {given.device}; {places:,} tokens scored in windows of {given.block} after {given.context}; k = {given.k},"
-        f" lambda {given.rate}, temperature {given.heat}\n{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads,"
+        f" {time.perf_counter() - begun:.0f} s on {given.device}; {places:,} tokens scored in windows of {given.block} after {given.context};"
+        f" k = {given.k}, lambda {given.rate}, temperature {given.heat}\n{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads,"
         f" torch {torch.__version__}, {platform.platform()}\n"
     )
 
@@ -238,10 +238,8 @@ def row(
     size = "" if store is None else f"{sum(entry['bytes'] for entry in store.description['files'].values()) / len(store):.0f}"
     reached = "" if found is None or (store is not None and not store.description["keep_keys"]) else f"{found:.3f}"
     made = "" if seconds is None else f"{seconds:.0f}"
-    print(
-        f"| {name} | {size} | {alone:.3f} | {together:.3f} | {together / alone:.2f} | {reached} | {perplexity:.2f} | {perplexity / best - 1:+.2%} | {made} |",
-        flush=True,
-    )
+    times = f"{alone:.3f} | {together:.3f} | {together / alone:.2f}"
+    print(f"| {name} | {size} | {times} | {reached} | {perplexity:.2f} | {perplexity / best - 1:+.2%} | {made} |", flush=True)
 
 
 def arguments() -> argparse.Namespace:
