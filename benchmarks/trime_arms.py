@@ -255,7 +255,11 @@ def with_store(arm: Arm, options: argparse.Namespace, domain: str, of: str) -> R
     place = arm.artifact("index", *books).path / "datastore"
     store = External.open(place, arm.artifact("pretrain").path / "model", tokenizer_identity(tokenizer(arm)))
     names = ("none", "knn", "knn+cache+long", "external", "local+long", "local+long+external")
-    return {result.memory: result for result in results_of(arm, names, tokens=options.store_tokens, domain=domain, store=store).results}
+    found = {result.memory: result for result in results_of(arm, names, tokens=options.store_tokens, domain=domain, store=store).results}
+    if arm.name == "plain" and domain == of == "wikipedia":
+        untuned = {"store_temperature": 1.0, "store_bias": 0.0}
+        found["external, untuned"] = results_of(arm, ("external",), tokens=options.store_tokens, store=store, **untuned).results[0]
+    return found
 
 
 def own_prefix(result: memories.Tested) -> tuple[np.ndarray, np.ndarray]:
