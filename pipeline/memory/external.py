@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from pipeline.memory.datastore import Datastore
 from pipeline.models import build, identity
 from pipeline.models.causal_reader import CausalReader
@@ -26,6 +28,11 @@ class External:
         if store.encoder is None:
             return cls(store, None)
         return cls(store, CausalReader(build.load(asks, head="causal", trust_remote_code=trust_remote_code), store.memory_module))
+
+    def check_fits(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        """Raises UserError when the encoder cannot read what the model reads: rows of `length` tokens."""
+        if self.encoder is not None:
+            build.check_fits(self.encoder.model, tokenizer, length)
 
     @property
     def identity(self) -> str:

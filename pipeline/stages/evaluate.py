@@ -112,13 +112,15 @@ def _memories(work: Work, model: Any, device: torch.device) -> dict[str, Any]:
     recipe, settings = work.recipe, work.recipe.evaluate
     assert settings is not None
     tokenizer, directory = tokenizers.load(work.input("tokenize") / "tokenizer"), _model_directory(work)
-    build.check_fits(model, tokenizer, sum(settings.windowed(recipe.row_length)))
+    length = sum(settings.windowed(recipe.row_length))
+    build.check_fits(model, tokenizer, length)
     reader = CausalReader(model, recipe.model.memory_module)
     reader.check()
     external = None
     if settings.searches:
         place = settings.datastore or work.input("index") / "datastore"
         external = External.open(place, directory, tokenizer_identity(tokenizer), trust_remote_code=recipe.model.trust_remote_code)
+        external.check_fits(tokenizer, length)
     tested = memories.evaluate(
         reader,
         Store.open(work.input("tokenize") / "valid"),

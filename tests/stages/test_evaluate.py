@@ -100,11 +100,14 @@ def test_a_recipe_without_pruning_has_one_model(finetuned, tmp_path):
 MEMORIES = ["none", "local+long", "local+external", "knn+cache"]
 
 
-def with_datastore(directory, tokenizer, **evaluate_settings):
+def with_datastore(directory, tokenizer, index_settings=None, **evaluate_settings):
     """A causal recipe with a datastore of its training documents, which are its held-out ones."""
     recipe, inputs, _ = language_model(directory, tokenizer, "decoder")
     shutil.copytree(directory / "tokenize" / "valid", directory / "tokenize" / "train")
-    recipe |= {"index": {}, "evaluate": {"batch_size": 4, "memory": MEMORIES, "long": {"size": 20}, "external": {"k": [1, 4]}} | evaluate_settings}
+    recipe |= {
+        "index": index_settings or {},
+        "evaluate": {"batch_size": 4, "memory": MEMORIES, "long": {"size": 20}, "external": {"k": [1, 4]}} | evaluate_settings,
+    }
     (directory / "index").mkdir()
     work = Work("index", Recipe.model_validate(recipe), inputs, directory / "index", directory / "logs")
     return recipe, inputs | {"index": artifact(directory / "index", **index.run(work))}
@@ -142,6 +145,25 @@ def test_the_datastore_of_another_run_is_read_and_one_of_another_model_is_refuse
         evaluate.run(
             Work("evaluate", Recipe.model_validate(recipe), inputs | {"pretrain": artifact(tmp_path / "other")}, tmp_path / "out", tmp_path / "logs")
         )
+
+
+def encoder_of(directory, tokenizer, length):
+    torch.manual_seed(7)
+    settings = ModelSettings(kind="decoder", layers=1, hidden=8, heads=2, ffn=16, max_length=length, init_std=0.3)
+    export.save(build.new(settings, tokenizer), tokenizer, directory)
+    return {"encoder": str(directory)}
+
+
+def test_the_datastore_is_asked_by_the_smaller_model_that_made_its_keys(finetuned, tmp_path):
+    encoder = encoder_of(tmp_path / "encoder", finetuned.tokenizer, 16)
+    recipe, inputs = with_datastore(tmp_path, finetuned.tokenizer, encoder, memory=["none", "knn"], within_documents=True)
+    (tmp_path / "out").mkdir()
+    figures = evaluate.run(Work("evaluate", Recipe.model_validate(recipe), inputs, tmp_path / "out", tmp_path / "logs"))
+    assert figures["perplexity_knn"] < 8 < 15 < figures["perplexity_none"]
+    shutil.rmtree(tmp_path / "encoder")
+    encoder_of(tmp_path / "encoder", finetuned.tokenizer, 8)
+    with pytest.raises(UserError, match=r"datastore\.json.*made with model"):
+        evaluate.run(Work("evaluate", Recipe.model_validate(recipe), inputs, tmp_path / "out", tmp_path / "logs"))
 
 
 def test_a_model_somebody_else_made_is_scored_without_pretraining(finetuned, tmp_path):
