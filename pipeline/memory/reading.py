@@ -6,6 +6,7 @@ state at that same hidden state, its key, and the token at the place, its value;
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ def windows(text: Text, block: int, context: int, *, within_documents: bool) -> 
     """
     bounds = text.beginnings() if within_documents else np.array([0, len(text)], dtype=np.int64)
     parts = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         first = np.arange(start + 1, end, block, dtype=np.int64)
         parts.append(np.stack([np.maximum(first - context, start), first, np.minimum(first + block, end)], axis=1))
     found = np.concatenate(parts) if parts else np.empty((0, 3), dtype=np.int64)
