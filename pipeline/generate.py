@@ -118,6 +118,7 @@ def text(source: Source, prompt: str, name: str, sampling: Sampling, *, tokens: 
     external = None
     if "external" in memory and source.datastore is not None:
         external = External.open(source.datastore, source.model, tokenizer_identity(tokenizer), trust_remote_code=trust_remote_code)
+        external.store.probe = source.settings.external.probe
         external.check_fits(tokenizer, block + context)
     setting = generation.Setting(
         memory, chosen, block, context, source.settings.long.size, external.store if external else None, external.encoder if external else None

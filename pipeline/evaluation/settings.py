@@ -32,6 +32,7 @@ class LongSettings(Settings):
 
 class ExternalSettings(Settings):
     k: list[int] = setting([16, 64, 256, 1024], "Nearest entries that count; several: tuned among these.", unit="entries", min_length=1)
+    probe: int = setting(32, "Inverted lists that a query visits: more of them miss less, and take longer.", unit="lists", ge=1)
     skip_confident: float | None = setting(
         None, "Do not search for a token where the model gives some token at least this probability; default: always search.", gt=0, le=1
     )

@@ -158,7 +158,6 @@ def build(
         "kind": kind,
         "dimensions": reader.width,
         "keep_keys": settings.keep_keys or kind == "flat",
-        "probe": settings.probe,
         "window": {"block": window.block, "context": window.context},
         "batch_size": window.batch_size,
         "shard_keys": settings.shard_keys,

@@ -23,6 +23,8 @@ from pipeline.memory.shards import Shards
 CANDIDATES = 2
 """Entries scored exactly for each one asked for, where keys are kept."""
 LEAST_CANDIDATES = 256
+PROBE = 32
+"""Lists that a query visits, unless `Datastore.probe` is set."""
 _ATTEMPTS = 3
 
 
@@ -39,7 +41,7 @@ class Datastore:
         self._shards = shards
         self._index = index
         self._projection = projection
-        self.probe: int = about["probe"]
+        self.probe = PROBE
 
     @classmethod
     def open(cls, directory: str | Path) -> Datastore:

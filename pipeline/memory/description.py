@@ -28,7 +28,7 @@ INTENT = "change.json"
 """A change that was begun: with it there, `changes.complete` makes an end of it."""
 
 Description = dict[str, Any]
-"""format; key; metric; kind; dimensions; keep_keys; probe; window {block, context}; model {path, fingerprint, memory_module, encoder};
+"""format; key; metric; kind; dimensions; keep_keys; window {block, context}; model {path, fingerprint, memory_module, encoder};
 tokenizer (its fingerprint); shards (entries of each); entries (still there); documents (still there);
 next_document; shard_keys; files {name: {bytes, sha256}}; revision, and made: the one it was made with."""
 

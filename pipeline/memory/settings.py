@@ -36,7 +36,6 @@ class IndexSettings(Settings):
     )
     keep_keys: bool = setting(True, "Keep the keys (fp16), so that what ivfpq finds is scored exactly. flat always keeps them.")
     lists: int | None = setting(None, "Inverted lists; default: about 4 sqrt(keys), a power of 2.", unit="lists", ge=1)
-    probe: int = setting(32, "Lists that a query visits.", unit="lists", ge=1)
     subquantizers: int | None = setting(
         None, "Parts of a key, a code each; a divisor of its dimensions. Default: the largest up to 64 that leaves a part 2 dimensions.", ge=1
     )

@@ -121,6 +121,7 @@ def _memories(work: Work, model: Any, device: torch.device) -> dict[str, Any]:
         place = settings.datastore or work.input("index") / "datastore"
         external = External.open(place, directory, tokenizer_identity(tokenizer), trust_remote_code=recipe.model.trust_remote_code)
         external.check_fits(tokenizer, length)
+        external.store.probe = settings.external.probe
     tested = memories.evaluate(
         reader,
         Store.open(work.input("tokenize") / "valid"),

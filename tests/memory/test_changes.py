@@ -16,7 +16,7 @@ from pipeline.memory.datastore import Datastore
 from pipeline.memory.shards import Shards
 from tests.memory.stores import Made, contents, decoder
 
-KINDS = [{"shard_keys": 120}, {"kind": "ivfpq", "lists": 8, "probe": 8, "shard_keys": 120}]
+KINDS = [{"shard_keys": 120}, {"kind": "ivfpq", "lists": 8, "shard_keys": 120}]
 KINDS.append({**KINDS[1], "keep_keys": False, "bits": 4})
 
 

@@ -16,7 +16,7 @@ from pipeline.models import identity
 from pipeline.packing.plan import tokenizer_identity
 from tests.memory.stores import Made, decoder, nearest
 
-IVF = {"kind": "ivfpq", "lists": 8, "probe": 8}
+IVF = {"kind": "ivfpq", "lists": 8}
 KINDS = [{}, IVF, {**IVF, "bits": 8}, {**IVF, "reduce": 8, "subquantizers": 4}]
 
 

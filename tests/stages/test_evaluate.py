@@ -9,6 +9,7 @@ from pipeline.artifacts import Artifact
 from pipeline.compression import surgery
 from pipeline.corpus.store import Store, Writer
 from pipeline.errors import UserError
+from pipeline.memory.datastore import Datastore
 from pipeline.models import build, export
 from pipeline.models.settings import ModelSettings
 from pipeline.packing import plan as plans
@@ -129,6 +130,15 @@ def test_a_causal_model_is_scored_with_each_memory(finetuned, tmp_path):
     assert "## Memories" in text
     assert all(f"| {name} |" in text for name in names)
     assert list((tmp_path / "out" / "scratch" / "memories").iterdir())  # measured pieces, until it is published
+
+
+def test_the_search_visits_as_many_lists_as_the_settings_say(finetuned, tmp_path, monkeypatch):
+    visited, search = set(), Datastore.search
+    monkeypatch.setattr(Datastore, "search", lambda self, *given, **named: visited.add(self.probe) or search(self, *given, **named))
+    recipe, inputs = with_datastore(tmp_path, finetuned.tokenizer, memory=["external"], external={"k": [4], "probe": 5})
+    (tmp_path / "out").mkdir()
+    evaluate.run(Work("evaluate", Recipe.model_validate(recipe), inputs, tmp_path / "out", tmp_path / "logs"))
+    assert visited == {5}
 
 
 def test_the_datastore_of_another_run_is_read_and_one_of_another_model_is_refused(finetuned, tmp_path):
