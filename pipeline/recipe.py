@@ -147,8 +147,8 @@ class Recipe(Settings):
     def _check_pretrain(self, pretrain: PretrainSettings) -> None:
         objective, pack = pretrain.objective, self.pack
         assert pack is not None
-        if self.model.from_ is None and objective.kind != self.model.kind:
-            raise ValueError(f"objective {objective.name} trains a model of kind {objective.kind}; model.kind is {self.model.kind}")
+        if objective.kind != self.model.kind:
+            raise ValueError(f"objective {objective.name} trains a model of kind {objective.kind}; model.kind is {self.model.kind}: set it to that")
         if self.model.from_ is None and pack.length > self.model.max_length:
             raise ValueError(f"pack.length {pack.length} exceeds model.max_length {self.model.max_length}")
         if objective.needs == "groups" and pack.group_size < 2:

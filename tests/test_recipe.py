@@ -98,6 +98,7 @@ def test_a_long_memory_of_shared_groups_is_a_recipe(written):
         ),
         (["pretrain.ranks_per_group=3"], "objective trimelm_long has groups of 4: set it to a divisor of that"),
         (["pretrain.objective.name=trimelm"], "objective trimelm has groups of 1"),
+        (["model={from: somewhere}"], "objective trimelm_long trains a model of kind decoder; model.kind is encoder"),
         (["model.kind=encoder"], "objective trimelm_long trains a model of kind decoder"),
         (["pretrain.objective.local_drop=0.5"], "unknown key 'pretrain.objective.local_drop'"),
         (["pretrain.objective.name=trimelm_ext", "pretrain.objective.local_dropped=1.5"], "less than or equal to 1, found 1.5"),
