@@ -47,7 +47,9 @@ def table(report: Report) -> Group:
 
 def _terminal_table(title: str, rows: Rows) -> Table:
     head, *body = rows
-    shown = Table(*head, title=title or None, title_justify="left")
+    shown = Table(title=title or None, title_justify="left")
+    for name in head:
+        shown.add_column(name, overflow="fold")
     for row in body:
         shown.add_row(*row)
     return shown

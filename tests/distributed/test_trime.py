@@ -12,7 +12,8 @@ import torch
 SCRIPT = Path(__file__).with_name("trime_ranks.py")
 STEPS = 8
 LONG = {"kind": "long", "steps": STEPS, "dropout": 0.1, "settings": {"deepspeed": "zero1", "checkpoint_every": 2}, "ranks_per_group": 2}
-WAYS = (("zero0", "", {}), ("zero3", "", {}), ("zero3", "-chunked", {"chunk": 7}), ("zero1", "-stopped", {"key_gradients": "own_segment"}))
+STOPPED = {"key_gradients": "own_segment"}
+WAYS = (("zero0", "", {}), ("zero2", "", {}), ("zero3", "", {}), ("zero3", "-chunked", {"chunk": 7}), ("zero1", "-stopped", STOPPED))
 SHARED = {
     f"{kind}-{stage}{suffix}": {"kind": kind, "settings": {"deepspeed": stage}, "ranks_per_group": 2, "objective": objective}
     for kind in ("long", "ext")
@@ -29,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, launch_ranks: Any) -> Path:
         return launch_ranks(SCRIPT, [str(where / "trainings.json")], ranks)
 
     alone = [{"name": f"{kind}-alone", "kind": kind} for kind in ("long", "ext")]
-    alone += [{"name": f"{kind}-stopped-alone", "kind": kind, "objective": {"key_gradients": "own_segment"}} for kind in ("long", "ext")]
+    alone += [{"name": f"{kind}-stopped-alone", "kind": kind, "objective": STOPPED} for kind in ("long", "ext")]
     done = launch(1, *alone)
     assert done.returncode == 0, done.stdout + done.stderr
     done = launch(2, {"name": "whole", **LONG}, *({"name": name, **training} for name, training in SHARED.items()))
