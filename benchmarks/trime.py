@@ -227,7 +227,7 @@ def main() -> None:
         "none",
         "local",
         *(f"+{size}" for size in SIZES),
-        *(f"+{size} bias" for size in SIZES[1::2]),
+        *(f"+{size} bias" for size in SIZES[1:]),
         "cache",
         *(f"cache+{size}" for size in SIZES),
     ]

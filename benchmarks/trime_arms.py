@@ -38,7 +38,7 @@ from pipeline.packing.plan import Plan, tokenizer_identity
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 128
-SIZES = (512, 1024, 2048, 4096, 8192)
+SIZES = (512, 1024, 2048, 8192)
 DOCUMENT_CAP = 1536
 LONG = 2048
 """Long memory beside the datastore."""
@@ -236,8 +236,9 @@ Row = dict[str, memories.Result]
 def measure(arm: Arm, tokens: int) -> Row:
     """Results by memory; `+1024`: own segment and the last 1,024 tokens, `+1024 bias` with a tuned constant on these, `cache+1024` the linear mix."""
     found: Row = {}
-    for size in SIZES:
-        several = ("none", "local", "local+long", "cache", "cache+long") if size == SIZES[0] else ("local+long", "cache+long")
+    sizes = SIZES[1:3] if arm.name.startswith("ext-p") else SIZES
+    for size in sizes:
+        several = ("none", "local", "local+long", "cache", "cache+long") if size == sizes[0] else ("local+long", "cache+long")
         results = {result.memory: result for result in results_of(arm, several, size=size, tokens=tokens).results}
         for name in ("none", "local", "cache"):
             if name in results:
