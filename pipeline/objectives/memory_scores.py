@@ -65,13 +65,13 @@ class _LogSums(torch.autograd.Function):
     def backward(ctx: Any, d_every: Tensor, d_positive: Tensor) -> tuple[Tensor | None, ...]:
         queries, targets, keys, key_targets, every, positive = ctx.saved_tensors
         every, positive = (sums.masked_fill(sums == -torch.inf, 0).unsqueeze(-1) for sums in (every, positive))  # exp(-inf - 0) is 0
+        d_every, d_positive = d_every * ctx.scale, d_positive * ctx.scale
         d_queries, d_keys = torch.empty_like(queries), torch.zeros_like(keys, dtype=every.dtype)
         for at in _blocks(queries, ctx.chunk):
             scores, other = _scores(at, queries, targets, keys, key_targets, ctx.visible, ctx.scale)
             groups, seen = at[0], slice(scores.shape[-1])
             d_scores = (scores - every[at]).exp_().mul_(d_every[at].unsqueeze(-1))
-            d_scores += scores.masked_fill_(other, -torch.inf).sub_(positive[at]).exp_().mul_(d_positive[at].unsqueeze(-1))
-            d_scores *= ctx.scale
+            d_scores.addcmul_(scores.masked_fill_(other, -torch.inf).sub_(positive[at]).exp_(), d_positive[at].unsqueeze(-1))
             d_queries[at] = d_scores.to(keys.dtype) @ keys[groups, seen]
             if ctx.key_gradient is not None:
                 d_scores.masked_fill_(~ctx.key_gradient(*at)[..., seen], 0)
@@ -86,8 +86,8 @@ def _scores(
     seen = visible(*at)
     groups, columns = at[0], slice(seen.shape[-1])
     with torch.autocast(queries.device.type, enabled=False):
-        scores = queries[at] @ keys[groups, columns].transpose(1, 2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale).masked_fill_(~seen, -torch.inf)
+        scores = torch.baddbmm(queries.new_empty(1), queries[at], keys[groups, columns].transpose(1, 2), beta=0, alpha=scale)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill_(~seen, -torch.inf)
     return scores, key_targets[groups, None, columns] != targets[at].unsqueeze(-1)
 
 

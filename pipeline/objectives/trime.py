@@ -26,6 +26,9 @@ from pipeline.objectives.memory_scores import Visible, log_sums
 from pipeline.objectives.settings import TrimeExtSettings, TrimeSettings
 from pipeline.packing.draws import uniform
 
+ROW = 1024
+"""Scores of a row that `chunk` counts on: of a smaller memory, more rows are summed at a time."""
+
 LOCAL_DROPPED = 0
 """Stream of draws: whether a segment's own past is switched off."""
 
@@ -142,9 +145,15 @@ class Trime(Causal, ABC):
         visible = self._visibility(query_marks, key_marks, index, first, length, inside_documents="document_ids" in batch)
         own_segment = None if self.settings.key_gradients == "all" else _same(index // length, index[first : first + queries.shape[1]] // length)
         return log_sums(
-            queries, query_marks["labels"], keys, key_marks["labels"], visible, scale=keys.shape[-1] ** -0.5, chunk=self.chunk,
+            queries,
+            query_marks["labels"],
+            keys,
+            key_marks["labels"],
+            visible,
+            scale=keys.shape[-1] ** -0.5,
+            chunk=self.chunk and self.chunk * max(ROW // keys.shape[1], 1),
             key_gradient=own_segment,
-        )  # fmt: skip
+        )
 
     def _grouped(self, tensor: Tensor) -> Tensor:
         """[B, L - 1, ...] -> [groups, rows x (L - 1), ...]."""
