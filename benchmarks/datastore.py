@@ -66,7 +66,7 @@ def kinds(given: argparse.Namespace) -> dict[str, tuple[dict[str, Any], list[int
     }
     for dimensions in given.reduce:
         found[f"ivfpq, 4 bits, {dimensions} components, keys kept"] = ({**lists, "reduce": dimensions}, given.probe)
-    return found
+    return {name: kind for name, kind in found.items() if not given.only or any(part in name for part in given.only)}
 
 
 # -- model and keys --------------------------------------------------------------------------------------------------
@@ -255,6 +255,7 @@ def arguments() -> argparse.Namespace:
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--probe", type=int, nargs="+", default=[8, 32, 128])
     options.add_argument("--reduce", type=int, nargs="*", default=[128])
+    options.add_argument("--only", nargs="+", help="kinds of search whose names contain one of these")
     options.add_argument("--rate", type=float, default=0.25, help="lambda")
     options.add_argument("--heat", type=float, default=0.5, help="temperature of p_kNN, in units of q.k / sqrt(d)")
     return options.parse_args()

@@ -226,7 +226,8 @@ def results_of(
     )  # fmt: skip
     return memories.evaluate(
         reader(arm), held_out(arm, domain), tokenizer(arm), settings, row_length=LENGTH, within_documents=False,
-        store=store.store if store else None, encoder=store.encoder if store else None,
+        store=store.store if store else None, encoder=store.encoder if store else None, scratch=arm.path.parent / "measured",
+        identity=f"{arm.artifact('pretrain').path.name} {store and store.identity}",
     )  # fmt: skip
 
 
