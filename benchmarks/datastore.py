@@ -254,7 +254,7 @@ def arguments() -> argparse.Namespace:
     ):
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--probe", type=int, nargs="+", default=[8, 32, 128])
-    options.add_argument("--reduce", type=int, nargs="*", default=[128])
+    options.add_argument("--reduce", type=int, nargs="*", default=[64])
     options.add_argument("--only", nargs="+", help="kinds of search whose names contain one of these")
     options.add_argument("--rate", type=float, default=0.25, help="lambda")
     options.add_argument("--heat", type=float, default=0.5, help="temperature of p_kNN, in units of q.k / sqrt(d)")

@@ -24,6 +24,8 @@ Floats = NDArray[np.float32]
 
 SAMPLE = 64
 """Keys that it is trained on for each list, or each value of a code where those are more; faiss asks for 39."""
+COMPONENTS = 128
+"""Dimensions searched at most, unless the recipe says otherwise, where keys are kept and what is found is scored with all of them."""
 PARTS = 64
 """Sub-quantisers at most, unless the recipe names more."""
 
@@ -99,6 +101,11 @@ def bits_of(settings: IndexSettings) -> int:
     return settings.bits or (4 if settings.keep_keys else 8)
 
 
+def dimensions_of(settings: IndexSettings, width: int) -> int:
+    """Of a search in keys of so many."""
+    return settings.reduce or (min(width, COMPONENTS) if settings.keep_keys else width)
+
+
 def sample(settings: IndexSettings, entries: int, seed: int) -> NDArray[np.int64]:
     """int64, rising: the entries that the quantiser is trained on."""
     count = SAMPLE * max(settings.lists or lists_for(entries), 1 << bits_of(settings))
@@ -110,7 +117,7 @@ def train(directory: Path, keys: Floats, entries: int, settings: IndexSettings, 
 
     Raises UserError when the settings do not suit the keys.
     """
-    dimensions, bits = settings.reduce or keys.shape[1], bits_of(settings)
+    dimensions, bits = dimensions_of(settings, keys.shape[1]), bits_of(settings)
     if dimensions > keys.shape[1]:
         raise UserError(f"index.reduce {dimensions} exceeds the {keys.shape[1]} dimensions of a key; lower it, or leave it out")
     if len(keys) < 1 << bits:
