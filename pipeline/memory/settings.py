@@ -40,7 +40,9 @@ class IndexSettings(Settings):
         None, "Parts of a key, a code each; a divisor of its dimensions. Default: the largest up to 64 that leaves a part 2 dimensions.", ge=1
     )
     bits: Literal[4, 8] | None = setting(None, "Bits of a code. 4 are searched fastest; default: 4 where keys are kept, else 8.", unit="bits")
-    reduce: int | None = setting(None, "Principal components that ivfpq searches in; default: 128 where keys are kept, else all.", unit="dimensions", ge=1)
+    reduce: int | None = setting(
+        None, "Principal components that ivfpq searches in; default: 128 where keys are kept, else all.", unit="dimensions", ge=1
+    )
     shard_keys: int = setting(
         1_000_000, "Keys of a shard, the unit of parallel work and of resuming; a longer document is not cut.", unit="keys", ge=1
     )
