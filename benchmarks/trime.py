@@ -144,7 +144,7 @@ def checks(found: dict[Arm, Row], stored: dict[Arm, Row], speed: dict[str, float
     compared, rows = Compared(found), []
 
     def check(what: str, mark: str, value: float | None, holds: Callable[[float], bool], style: str = "+.1%") -> None:
-        if value is not None:
+        if value is not None and not math.isnan(value):
             rows.append([what, mark, format(value, style), "yes" if holds(value) else "NO"])
 
     def change(one: tuple[str, str], other: tuple[str, str], source: Compared = compared) -> float | None:
