@@ -20,7 +20,7 @@ from pipeline.evaluation.settings import EvaluateSettings
 from pipeline.launch.settings import SlurmSettings
 from pipeline.memory.settings import IndexSettings
 from pipeline.models.settings import ModelSettings
-from pipeline.objectives.settings import AnyObjective, MlmSettings
+from pipeline.objectives.settings import AnyObjective, MlmSettings, NotesSettings
 from pipeline.packing.settings import PackSettings
 from pipeline.settings import Settings, setting
 from pipeline.tasks.settings import TaskSettings
@@ -35,6 +35,7 @@ class RecipeError(UserError):
 
 class PretrainSettings(TrainSettings):
     objective: AnyObjective = setting(MlmSettings(), "What the model learns to predict.")
+    notes: NotesSettings | None = setting(None, "Notes on rare words, read while pretraining and thrown away after it. null: none.")
     steps: int = setting(1000, "Optimiser steps.", unit="steps", ge=1)
     document_mask: bool = setting(False, "Attention stays inside a document, and positions restart in each; for rows that hold several documents.")
     loss_weights: dict[str, float] = setting({}, "Weight of each named loss in the sum; 1 where not named.")

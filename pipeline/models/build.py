@@ -11,11 +11,13 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,23 +32,34 @@ from pipeline.models.modeling_trimline import (
     TrimlineForCausalLM,
     TrimlineForMaskedLM,
     TrimlineForSequenceClassification,
+    TrimlineModel,
     TrimlinePreTrainedModel,
 )
 from pipeline.models.positions import SCHEMES
 from pipeline.models.quiet import quiet
 from pipeline.models.settings import ModelSettings
 
-Head = Literal["mlm", "causal", "classification"]
+Head = Literal["mlm", "causal", "classification", "none"]
 
-OURS: dict[str, Any] = {"mlm": TrimlineForMaskedLM, "causal": TrimlineForCausalLM, "classification": TrimlineForSequenceClassification}
-BERT: dict[str, Any] = {"mlm": BertForMaskedLM, "classification": BertForSequenceClassification}
-ANY: dict[str, Any] = {"mlm": AutoModelForMaskedLM, "causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+OURS: dict[str, Any] = {
+    "mlm": TrimlineForMaskedLM,
+    "causal": TrimlineForCausalLM,
+    "classification": TrimlineForSequenceClassification,
+    "none": TrimlineModel,
+}
+BERT: dict[str, Any] = {"mlm": BertForMaskedLM, "classification": BertForSequenceClassification, "none": BertModel}
+ANY: dict[str, Any] = {
+    "mlm": AutoModelForMaskedLM,
+    "causal": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "none": AutoModel,
+}
 
 
 def new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, head: Head | None = None) -> PreTrainedModel:
     """A model with random weights, its vocabulary and special tokens those of the tokenizer.
 
-    head: default mlm for an encoder, causal for a decoder. Weights are drawn from torch's global generator.
+    head: default mlm for an encoder, causal for a decoder; none: the body alone. Weights are drawn from torch's global generator.
     Raises UserError when `adaptive.cutoffs` reach beyond the vocabulary.
     """
     adaptive = settings.adaptive

@@ -7,6 +7,7 @@ import nothing but torch, transformers and each other.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ Masks = dict[str, Tensor]
 Entries past a layer's own width are ignored. A layer whose row is all zero acts as if its sub-layer were removed,
 residual LayerNorm included, so that masking and removing give the same output.
 """
+Mixer = Callable[[Tensor], Tensor]
+"""Takes the sum of token and position vectors [B, L, d] before token types and LayerNorm, and gives what goes on in its place."""
 
 
 class TrimlineConfig(PretrainedConfig):
@@ -111,6 +114,7 @@ class TrimlineHeadOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     memory_states: Tensor | None = None
 
@@ -187,10 +191,14 @@ class Block(GradientCheckpointingLayer):
 
 
 class Embeddings(nn.Module):
+    """Tokens, positions and token types, added up. A model of no vocabulary has no table: it is given its token vectors."""
+
     def __init__(self, config: TrimlineConfig):
         super().__init__()
-        if config.adaptive is None:
-            self.word: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        if not config.vocab_size:
+            self.word: Any = None
+        elif config.adaptive is None:
+            self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         else:
             self.word = AdaptiveEmbedding(config.hidden_size, config.vocab_size, config.adaptive["cutoffs"], config.adaptive["factor"])
         self.scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
@@ -199,10 +207,13 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "post" else None
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        x = self.positions.embed(self.word(input_ids) * self.scale, position_ids)
+    def forward(self, tokens: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, input_mixer: Mixer | None) -> Tensor:
+        """tokens: int64 [B, L], or their vectors [B, L, d]."""
+        x = self.positions.embed((tokens if tokens.is_floating_point() else self.word(tokens)) * self.scale, position_ids)
+        if input_mixer is not None:
+            x = input_mixer(x)
         if self.types is not None:
-            x = x + self.types(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+            x = x + self.types(tokens.new_zeros(tokens.shape[:2], dtype=torch.int64) if token_type_ids is None else token_type_ids)
         return self.dropout(x if self.norm is None else self.norm(x))
 
 
@@ -233,15 +244,18 @@ class TrimlineModel(TrimlinePreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         masks: Masks | None = None,
         output_hidden_states: bool = False,
         document_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        input_mixer: Mixer | None = None,
     ) -> TrimlineOutput:
-        """input_ids [B, L]; attention_mask [B, L], 1 for tokens and 0 for padding; token types are ignored by a model without them.
+        """input_ids [B, L], or `inputs_embeds` [B, L, d] in place of the token vectors; attention_mask [B, L], 1 for tokens and 0 for padding;
+        token types are ignored by a model without them.
 
         document_ids: int64 [B, L], which of a row's documents a token is of, -1 for padding. A document's tokens stand together;
         attention then stays inside it and its positions start at 0. An encoder's [cls], of the first document, sees that one alone.
@@ -251,7 +265,10 @@ class TrimlineModel(TrimlinePreTrainedModel):
             raise ValueError(f"masks has {sorted(unknown)}; known are heads and neurons")
         if document_ids is not None and position_ids is None:
             position_ids = positions_within(document_ids)
-        x = self.embeddings(input_ids, token_type_ids, position_ids)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        x = self.embeddings(tokens, token_type_ids, position_ids, input_mixer)
         allowed = self._allowed(attention_mask, document_ids)
         states, memory = [x], None
         for layer, block in enumerate(self.layers):
@@ -332,7 +349,7 @@ class TrimlineForMaskedLM(TrimlinePreTrainedModel):
         logits = self.head(x)
         if labels is not None:
             loss = mean_cross_entropy(logits, labels)
-        return TrimlineHeadOutput(loss=loss, logits=logits, hidden_states=body.hidden_states, memory_states=body.memory_states)
+        return TrimlineHeadOutput(loss, logits, body.last_hidden_state, body.hidden_states, body.memory_states)
 
 
 class TrimlineForCausalLM(TrimlinePreTrainedModel, GenerationMixin):
@@ -371,7 +388,7 @@ class TrimlineForCausalLM(TrimlinePreTrainedModel, GenerationMixin):
         else:
             logits = self.head(hidden)
             loss = None if labels is None else mean_cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        output = TrimlineHeadOutput(loss=loss, logits=logits, hidden_states=body.hidden_states, memory_states=body.memory_states)
+        output = TrimlineHeadOutput(loss, logits, hidden, body.hidden_states, body.memory_states)
         return output if return_dict else output.to_tuple()
 
 
@@ -396,4 +413,4 @@ class TrimlineForSequenceClassification(TrimlinePreTrainedModel):
             loss = F.mse_loss(logits.squeeze(-1).float(), labels.float())
         elif labels is not None:
             loss = mean_cross_entropy(logits, labels)
-        return TrimlineHeadOutput(loss=loss, logits=logits, hidden_states=body.hidden_states, memory_states=body.memory_states)
+        return TrimlineHeadOutput(loss, logits, body.last_hidden_state, body.hidden_states, body.memory_states)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -16,6 +17,13 @@ class Objective(nn.Module, ABC):
     """Share of a row's positions that are predicted: what the vocabulary projection costs."""
     figures: frozenset[str] = frozenset()
     """Those of the named losses that are logged, not trained on."""
+    ratios: Mapping[str, tuple[str, str]] = {}
+    """What is logged besides: a name, and the two named losses whose quotient it is, such as hits among all of a kind."""
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of the named losses in the sum where they are not 1; a recipe's own come before them."""
+        return {}
 
     @abstractmethod
     def prepare(self, batch: Batch, step: int) -> Batch:
@@ -37,7 +45,7 @@ class Trainee(nn.Module):
     """A model and its objective bound together: all that the training loop sees.
 
     side: fp32 module kept outside DeepSpeed, or None (see DESIGN.md).
-    figures: the losses that are only logged.
+    figures, ratios: what is only logged, see `Objective`.
     flops_per_row: floating-point operations of training on one row, forward and backward, for the utilisation (MFU)
         that the loop logs; None where it is not known.
     """
@@ -48,7 +56,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
-        self.figures = objective.figures
+        self.figures, self.ratios = objective.figures, objective.ratios
         object.__setattr__(self, "side", side)  # an ordinary attribute would register it, and DeepSpeed would train it
         self.flops_per_row = flops_per_row
 

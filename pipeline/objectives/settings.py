@@ -20,22 +20,73 @@ class ObjectiveSettings(Settings):
     """Whether batches must say where in its document each token stands."""
     kind: ClassVar[str]
     """The model it trains: `encoder` or `decoder`."""
+    head: ClassVar[Literal["mlm", "causal", "none"]] = "mlm"
+    """What that model has on its body: `mlm`, `causal`, or `none`."""
 
 
-class MlmSettings(ObjectiveSettings):
-    """Masked language modelling (Devlin et al. 2019)."""
+class MaskingSettings(ObjectiveSettings):
+    """Which tokens are hidden, and what stands in their place."""
 
     kind: ClassVar[str] = "encoder"
-    name: Literal["mlm"] = "mlm"
-    mask_rate: float = setting(0.15, "Share of tokens to predict.", gt=0, lt=1)
+    name: str
+    mask_rate: float = setting(0.15, "Share of tokens to hide and predict.", gt=0, lt=1)
     mask_token_rate: float = setting(0.8, "Share of those replaced by the mask token.", ge=0, le=1)
     random_token_rate: float = setting(0.1, "Share of those replaced by a random token; the rest stay.", ge=0, le=1)
+    whole_word: bool = setting(False, "Hide whole words: all tokens of a word, or none.")
+
+
+class MlmSettings(MaskingSettings):
+    """Masked language modelling (Devlin et al. 2019)."""
+
+    name: Literal["mlm"] = "mlm"
+
+
+class GeneratorSettings(Settings):
+    """The small encoder that fills in what was hidden, trained beside the model by its own masked language modelling.
+
+    Its layers are as many as the model's, its width a third, with the model's position scheme; what is given here differs.
+    """
+
+    layers: int | None = setting(None, "Transformer blocks; default: as many as the model has.", ge=1)
+    heads: int | None = setting(None, "Attention heads of the model's width each; default: a third of the model's.", ge=1)
+    ffn: int | None = setting(None, "Width of the feed-forward block; default: as much smaller as the generator is narrower.", unit="neurons", ge=8)
+    temperature: float = setting(1.0, "Temperature of the tokens drawn from it.", gt=0)
+
+
+class ReplacedTokenSettings(MaskingSettings):
+    """What objectives with a generator share: every hidden token is a mask token when the generator sees it."""
+
+    head: ClassVar[Literal["mlm", "causal", "none"]] = "none"
+    mask_token_rate: float = setting(1.0, "Share of those replaced by the mask token.", ge=0, le=1)
+    random_token_rate: float = setting(0.0, "Share of those replaced by a random token; the rest stay.", ge=0, le=1)
+    generator: GeneratorSettings = setting(GeneratorSettings(), "The small encoder that fills in what was hidden.")
+    chunk: int = setting(512, "Positions whose vocabulary is held at a time.", unit="positions", ge=1, result=False)
+
+
+class ElectraSettings(ReplacedTokenSettings):
+    """Is each token the original, or the generator's? (Clark et al. 2020)"""
+
+    name: Literal["electra"] = "electra"
+    weight: float = setting(50.0, "Weight of the discriminator's loss, the generator's being 1.", gt=0)
+
+
+class MetaControllerSettings(ReplacedTokenSettings):
+    """Which of k options is the original token? The generator, the meta-controller, makes the options (MC-BERT, Xu et al. 2020)."""
+
+    head: ClassVar[Literal["mlm", "causal", "none"]] = "mlm"
+    name: Literal["meta_controller"] = "meta_controller"
+    options: int = setting(10, "k: options to choose from at each position, `the token shown is right` among them.", ge=2)
+    duplicates: Literal["exclude", "keep"] = setting(
+        "exclude", "Further copies of the true answer among the options: left out; keep: as in the paper's code, where they count as wrong."
+    )
+    weight: float = setting(50.0, "Weight of the choice's loss, the controller's being 1.", gt=0)
 
 
 class CausalSettings(ObjectiveSettings):
     """Next-token prediction."""
 
     kind: ClassVar[str] = "decoder"
+    head: ClassVar[Literal["mlm", "causal", "none"]] = "causal"
     name: Literal["causal"] = "causal"
     chunk: int | None = setting(
         None,
@@ -50,6 +101,7 @@ class TrimeSettings(ObjectiveSettings):
     """Next-token prediction with in-batch memory: the segment's own past (Zhong et al. 2022)."""
 
     kind: ClassVar[str] = "decoder"
+    head: ClassVar[Literal["mlm", "causal", "none"]] = "causal"
     needs_places: ClassVar[bool] = True
     name: Literal["trimelm"] = "trimelm"
     ce_warmup_ratio: float = setting(0.05, "Share of the steps, the first ones, that learn by cross-entropy without memory.", ge=0, le=1)
@@ -77,4 +129,19 @@ class TrimeExtSettings(TrimeSettings):
     local_dropped: float = setting(0.9, "Probability that a segment's own past is switched off, so that it learns from the others.", ge=0, le=1)
 
 
-AnyObjective = Annotated[MlmSettings | CausalSettings | TrimeSettings | TrimeLongSettings | TrimeExtSettings, Field(discriminator="name")]
+AnyObjective = Annotated[
+    MlmSettings | ElectraSettings | MetaControllerSettings | CausalSettings | TrimeSettings | TrimeLongSettings | TrimeExtSettings,
+    Field(discriminator="name"),
+]
+
+
+class NotesSettings(Settings):
+    """Taking notes on the fly (Wu et al. 2021): a rare word's contexts are noted down, and read where the word is met again."""
+
+    frequency: tuple[int, int] = setting((100, 500), "Occurrences in the corpus of the words that have a note, from and to.", unit="occurrences")
+    weight: float = setting(0.5, "lambda: share of the note in the input of a rare word's tokens; the rest is token and position.", ge=0, le=1)
+    decay: float = setting(0.1, "gamma: how much of a note each new context replaces.", gt=0, le=1)
+    window: int = setting(16, "k: tokens on either side of a word that its context is the mean of.", unit="tokens", ge=0)
+    read_on_masked: bool = setting(False, "Read a note also where a token of its word is hidden, which tells what was hidden.")
+    warm: bool = setting(False, "Read a note only once it was written; else it begins as noise.")
+    norm: Literal["none", "embedding"] = setting("none", "embedding: a note is read with the length of the vector it is mixed with.")

@@ -71,7 +71,7 @@ def run(work: Work) -> dict[str, Any]:
 
 def _pretrained(work: Work) -> Any:
     pretrain = work.recipe.pretrain
-    head: build.Head = "mlm" if pretrain and pretrain.objective.kind == "encoder" else "causal"
+    head = pretrain.objective.head if pretrain else "causal"
     return build.load(_model_directory(work), head=head, trust_remote_code=work.recipe.model.trust_remote_code)
 
 

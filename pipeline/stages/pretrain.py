@@ -67,9 +67,8 @@ def starting_model(recipe: Recipe, tokenizer: Any, length: int) -> Any:
     """New weights, or those of `model.from`, under the head that the objective needs."""
     assert recipe.pretrain is not None
     if recipe.model.from_ is None:
-        return build.new(recipe.model, tokenizer)
-    head: build.Head = "mlm" if recipe.pretrain.objective.kind == "encoder" else "causal"
-    model = build.load(recipe.model.from_, head=head, trust_remote_code=recipe.model.trust_remote_code)
+        return build.new(recipe.model, tokenizer, recipe.pretrain.objective.head)
+    model = build.load(recipe.model.from_, head=recipe.pretrain.objective.head, trust_remote_code=recipe.model.trust_remote_code)
     build.check_fits(model, tokenizer, length, recipe.pretrain.document_mask)
     objective = recipe.pretrain.objective
     if isinstance(objective, TrimeSettings) or (isinstance(objective, CausalSettings) and objective.chunk):
