@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.objectives.settings import CausalSettings, MlmSettings
+from pipeline.objectives.settings import CausalSettings, ElectraSettings, MetaControllerSettings, MlmSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from pipeline.objectives.base import Objective
     from pipeline.objectives.settings import AnyObjective
@@ -18,6 +18,7 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     *,
+    model: PretrainedConfig | None = None,
     steps: int = 0,
     group_size: int = 1,
     ranks_per_group: int = 1,
@@ -25,13 +26,23 @@ def build(
 ) -> Objective:
     """The objective that the settings name.
 
-    seed: of its draws about the data. steps: of the whole training, of which warm-ups are a share. group_size: rows of a group,
-    on `ranks_per_group` ranks. memory_module: see `CausalReader`.
+    seed: of its draws about the data. model: configuration of the model to train, which a generator is made after. steps: of the whole
+    training, of which warm-ups are a share. group_size: rows of a group, on `ranks_per_group` ranks. memory_module: see `CausalReader`.
     """
     if isinstance(settings, MlmSettings):
         from pipeline.objectives.mlm import Mlm
 
         return Mlm(settings, tokenizer, seed)
+    if isinstance(settings, ElectraSettings):
+        from pipeline.objectives.electra import Electra
+
+        assert model is not None
+        return Electra(settings, tokenizer, seed, model)
+    if isinstance(settings, MetaControllerSettings):
+        from pipeline.objectives.meta_controller import MetaController
+
+        assert model is not None
+        return MetaController(settings, tokenizer, seed, model)
     if isinstance(settings, CausalSettings):
         from pipeline.objectives.causal import Causal
 

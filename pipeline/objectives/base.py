@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +21,9 @@ class Objective(nn.Module, ABC):
     ratios: Mapping[str, tuple[str, str]] = {}
     """What is logged besides: a name, and the two named losses whose quotient it is, such as hits among all of a kind."""
 
+    notes: Any = None
+    """Notes on rare words, read and written around the forward pass; None: none. The trainee's side module, so no registered part of this one."""
+
     @property
     def loss_weights(self) -> dict[str, float]:
         """Weights of the named losses in the sum where they are not 1; a recipe's own come before them."""
@@ -35,6 +39,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """For each named loss, how many targets of this prepared batch it is a mean over: int64 scalars."""
+
+    def training_flops_per_row(self, length: int) -> float:
+        """Floating-point operations of training on a row of `length` tokens, forward and backward, besides the model's: in further networks."""
+        return 0.0
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:

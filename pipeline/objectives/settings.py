@@ -52,6 +52,14 @@ class GeneratorSettings(Settings):
     ffn: int | None = setting(None, "Width of the feed-forward block; default: as much smaller as the generator is narrower.", unit="neurons", ge=8)
     temperature: float = setting(1.0, "Temperature of the tokens drawn from it.", gt=0)
 
+    def larger_than(self, layers: int, heads: int, ffn: int) -> str | None:
+        """What is wrong where the generator has more than a model of these sizes; None where it has not."""
+        found = {"layers": (self.layers, layers), "heads": (self.heads, heads), "ffn": (self.ffn, ffn)}
+        larger = [f"{name} {own} (the model has {models})" for name, (own, models) in found.items() if own is not None and own > models]
+        if not larger:
+            return None
+        return f"pretrain.objective.generator: {', '.join(larger)}: it must not be larger than the model; make it smaller, or leave these keys out"
+
 
 class ReplacedTokenSettings(MaskingSettings):
     """What objectives with a generator share: every hidden token is a mask token when the generator sees it."""

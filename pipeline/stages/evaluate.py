@@ -17,7 +17,7 @@ from pipeline.memory.external import External
 from pipeline.models import build, identity, size
 from pipeline.models.causal_reader import CausalReader
 from pipeline.models.modeling_trimline import TrimlineConfig
-from pipeline.objectives.settings import CausalSettings
+from pipeline.objectives.settings import CausalSettings, ReplacedTokenSettings
 from pipeline.packing.loader import Loader
 from pipeline.packing.plan import Plan, tokenizer_identity
 from pipeline.recipe import PretrainSettings
@@ -81,7 +81,12 @@ def _model_directory(work: Work) -> Path:
 
 
 def _held_out(work: Work, pretrain: PretrainSettings, model: Any, device: torch.device) -> dict[str, Any] | None:
-    """The pretrained model's loss on the validation split, a decoder's without any memory; None where nothing was held out."""
+    """The pretrained model's loss on the validation split, a decoder's without any memory.
+
+    None where nothing was held out, and for a model that learned to tell replaced tokens: its generator, which could predict them, is gone.
+    """
+    if isinstance(pretrain.objective, ReplacedTokenSettings):
+        return None
     recipe, settings = work.recipe, work.recipe.evaluate
     assert settings is not None
     plan = Plan.open(work.input("pack") / "valid")
