@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from pipeline.models.modeling_trimline import (
     TrimlineConfig,
     TrimlineForMaskedLM,
+    TrimlineForQuestionAnswering,
     TrimlineForSequenceClassification,
     TrimlinePreTrainedModel,
 )
@@ -21,6 +22,7 @@ Weights = Mapping[str, Tensor]
 CLASSES: dict[type[TrimlinePreTrainedModel], type[PreTrainedModel]] = {
     TrimlineForMaskedLM: BertForMaskedLM,
     TrimlineForSequenceClassification: BertForSequenceClassification,
+    TrimlineForQuestionAnswering: BertForQuestionAnswering,
 }
 LAYER = (
     ("attention.query", "attention.self.query"),
@@ -42,6 +44,7 @@ OUTSIDE = (
     ("head.norm", "cls.predictions.transform.LayerNorm"),
     ("head.decoder", "cls.predictions.decoder"),
     ("classifier", "classifier"),
+    ("qa_outputs", "qa_outputs"),
 )
 TYPES = "bert.embeddings.token_type_embeddings.weight"
 DECODER_BIAS, VOCABULARY_BIAS = "cls.predictions.decoder.bias", "cls.predictions.bias"

@@ -14,8 +14,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
     PretrainedConfig,
@@ -31,6 +33,7 @@ from pipeline.models.modeling_trimline import (
     TrimlineConfig,
     TrimlineForCausalLM,
     TrimlineForMaskedLM,
+    TrimlineForQuestionAnswering,
     TrimlineForSequenceClassification,
     TrimlineModel,
     TrimlinePreTrainedModel,
@@ -39,19 +42,26 @@ from pipeline.models.positions import SCHEMES
 from pipeline.models.quiet import quiet
 from pipeline.models.settings import ModelSettings
 
-Head = Literal["mlm", "causal", "classification", "none"]
+Head = Literal["mlm", "causal", "classification", "qa", "none"]
 
 OURS: dict[str, Any] = {
     "mlm": TrimlineForMaskedLM,
     "causal": TrimlineForCausalLM,
     "classification": TrimlineForSequenceClassification,
+    "qa": TrimlineForQuestionAnswering,
     "none": TrimlineModel,
 }
-BERT: dict[str, Any] = {"mlm": BertForMaskedLM, "classification": BertForSequenceClassification, "none": BertModel}
+BERT: dict[str, Any] = {
+    "mlm": BertForMaskedLM,
+    "classification": BertForSequenceClassification,
+    "qa": BertForQuestionAnswering,
+    "none": BertModel,
+}
 ANY: dict[str, Any] = {
     "mlm": AutoModelForMaskedLM,
     "causal": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
+    "qa": AutoModelForQuestionAnswering,
     "none": AutoModel,
 }
 
@@ -112,6 +122,8 @@ def load(
             _check_head(path, config, head)
             if head == "classification":
                 _set_labels(path, config, labels, regression)
+            if head == "qa":
+                config.num_labels = 2  # what Hugging Face's classes call start and end; a classifier's directory may say otherwise
             stock_bert = kind == "bert" and bert.is_ours_shaped(config)
             model_class = OURS[head] if kind == "trimline" else BERT[head] if stock_bert else ANY[head]
             model, report = model_class.from_pretrained(path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **trust)

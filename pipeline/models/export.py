@@ -15,7 +15,11 @@ from pipeline.models.modeling_trimline import TrimlineConfig, TrimlinePreTrained
 from pipeline.models.quiet import quiet
 
 AUTO_CLASSES = {
-    "encoder": {"AutoModelForMaskedLM": "TrimlineForMaskedLM", "AutoModelForSequenceClassification": "TrimlineForSequenceClassification"},
+    "encoder": {
+        "AutoModelForMaskedLM": "TrimlineForMaskedLM",
+        "AutoModelForSequenceClassification": "TrimlineForSequenceClassification",
+        "AutoModelForQuestionAnswering": "TrimlineForQuestionAnswering",
+    },
     "decoder": {"AutoModelForCausalLM": "TrimlineForCausalLM"},
 }
 

@@ -119,6 +119,18 @@ class TrimlineHeadOutput(ModelOutput):
     memory_states: Tensor | None = None
 
 
+@dataclass
+class TrimlineSpanOutput(ModelOutput):
+    """loss: mean of the cross-entropies of start and end, in nats; start_logits, end_logits [B, L]; the rest as in `TrimlineOutput`."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    memory_states: Tensor | None = None
+
+
 class Attention(nn.Module):
     """Multi-head self-attention of `heads` heads of fixed width."""
 
@@ -414,3 +426,31 @@ class TrimlineForSequenceClassification(TrimlinePreTrainedModel):
         elif labels is not None:
             loss = mean_cross_entropy(logits, labels)
         return TrimlineHeadOutput(loss, logits, body.last_hidden_state, body.hidden_states, body.memory_states)
+
+
+class TrimlineForQuestionAnswering(TrimlinePreTrainedModel):
+    """The first and the last token of an answer within the row (Devlin et al. 2019, section 4.2)."""
+
+    def __init__(self, config: TrimlineConfig):
+        super().__init__(config)
+        if config.kind != "encoder":
+            raise ValueError(f"question answering needs a model of kind encoder, found {config.kind}")
+        self.model = TrimlineModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **inputs: Any,
+    ) -> TrimlineSpanOutput:
+        """start_positions, end_positions [B]: places of the answer's first and last token."""
+        body = self.model(input_ids, attention_mask, **inputs)
+        start_logits, end_logits = self.qa_outputs(body.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (mean_cross_entropy(start_logits, start_positions) + mean_cross_entropy(end_logits, end_positions)) / 2
+        return TrimlineSpanOutput(loss, start_logits, end_logits, body.last_hidden_state, body.hidden_states, body.memory_states)
