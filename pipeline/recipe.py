@@ -20,7 +20,7 @@ from pipeline.evaluation.settings import EvaluateSettings
 from pipeline.launch.settings import SlurmSettings
 from pipeline.memory.settings import IndexSettings
 from pipeline.models.settings import ModelSettings
-from pipeline.objectives.settings import AnyObjective, MlmSettings, NotesSettings
+from pipeline.objectives.settings import AnyObjective, MlmSettings, NotesSettings, ReplacedTokenSettings, TrimeSettings
 from pipeline.packing.settings import PackSettings
 from pipeline.settings import Settings, setting
 from pipeline.tasks.settings import TaskSettings
@@ -163,6 +163,9 @@ class Recipe(Settings):
             )
         if pretrain.batch_size % pack.group_size:
             raise ValueError(f"pretrain.batch_size {pretrain.batch_size} is not a multiple of pack.group_size {pack.group_size}")
+        new = self.model if self.model.from_ is None else None
+        if new and isinstance(objective, ReplacedTokenSettings) and (larger := objective.generator.larger_than(new.layers, new.heads, new.ffn)):
+            raise ValueError(larger)
         if self.finetune and self.model.kind == "decoder" and self.model.from_ is None:
             raise ValueError("finetune classifies with an encoder; model.kind is decoder: leave finetune out, or use kind: encoder")
 

@@ -37,12 +37,15 @@ def run(work: Work) -> dict[str, Any]:
         settings.objective,
         tokenizer,
         recipe.seed,
+        model=model.config,
         steps=settings.steps,
         group_size=plan.group_size,
         memory_module=recipe.model.memory_module,
         **together,
     )
-    flops = size.training_flops_per_row(model.config, plan.length, objective.predicted) if isinstance(model.config, TrimlineConfig) else None
+    flops = None
+    if isinstance(model.config, TrimlineConfig):
+        flops = size.training_flops_per_row(model.config, plan.length, objective.predicted) + objective.training_flops_per_row(plan.length)
     parameters = size.parameters(model)
 
     trainee = Trainee(model, objective, flops_per_row=flops)
