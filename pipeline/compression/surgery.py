@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pipeline.models.modeling_trimline import TrimlinePreTrainedModel
+from pipeline.models.positions import attention_heads
 
 Model = TypeVar("Model", bound=TrimlinePreTrainedModel)
 
@@ -30,6 +31,7 @@ def remove(model: Model, masks: Mapping[str, Tensor]) -> Model:
             if not mask.any():
                 block.attention = block.attention_norm = None
             else:
+                block.attention.kept = [head for head, value in zip(block.attention.kept, mask, strict=True) if value != 0]
                 mask = mask.repeat_interleave(block.attention.head_dim)
                 for name in ("query", "key", "value"):
                     setattr(block.attention, name, _rows(getattr(block.attention, name), mask))
@@ -40,8 +42,11 @@ def remove(model: Model, masks: Mapping[str, Tensor]) -> Model:
                 block.feed_forward = block.feed_forward_norm = None
             else:
                 block.feed_forward.up, block.feed_forward.down = _rows(block.feed_forward.up, mask), _columns(block.feed_forward.down, mask)
-    kept = [_units(block) for block in _blocks(removed)]
-    removed.config.heads_per_layer, removed.config.ffn_per_layer = [heads for heads, _ in kept], [neurons for _, neurons in kept]
+    left = [_units(block) for block in _blocks(removed)]
+    removed.config.heads_per_layer, removed.config.ffn_per_layer = [heads for heads, _ in left], [neurons for _, neurons in left]
+    every = list(range(attention_heads(removed.config)))
+    heads_kept = [block.attention.kept if block.attention is not None else None for block in _blocks(removed)]
+    removed.config.heads_kept = [None if kept == every else kept for kept in heads_kept]
     return removed
 
 

@@ -87,6 +87,7 @@ def new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, head: Head 
         kind=settings.kind,
         norm=settings.norm,
         positions=settings.positions,
+        untie_cls=settings.untie_cls,
         activation=settings.activation,
         dropout=settings.dropout,
         attention_dropout=settings.attention_dropout,

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .adaptive import AdaptiveEmbedding, AdaptiveHead
-from .positions import SCHEMES, positions_within
+from .positions import SCHEMES, Positions, positions_within, rotate
 
 Masks = dict[str, Tensor]
 """`heads` [layers, heads] multiplies each head's context, `neurons` [layers, ffn] each neuron's output (CoFi: z_head, z_int).
@@ -34,9 +34,11 @@ Mixer = Callable[[Tensor], Tensor]
 class TrimlineConfig(PretrainedConfig):
     """Shape of a model.
 
-    heads_per_layer, ffn_per_layer: heads and feed-forward neurons of each layer; 0 means the sub-layer is gone.
+    heads_per_layer, ffn_per_layer: heads and feed-forward neurons of each layer; 0 means the sub-layer is gone. heads_kept: where a layer has
+    lost heads to pruning, the numbers of those it kept, None where it has all; positions that differ by head need them.
     kind: `encoder` or `decoder`. norm: LayerNorm `post` (BERT) or `pre` (GPT-2) each sub-layer.
-    positions: name of a scheme in `positions.SCHEMES`. type_vocab_size: token types (BERT's segments A and B), 0 for none.
+    positions: name of a scheme in `positions.SCHEMES`; untie_cls: see `UntiedPositions` there. type_vocab_size: token types (BERT's segments A
+    and B), 0 for none.
     attention_dropout: None means `dropout`. final_norm: whether a pre-norm stack ends in a LayerNorm. scale_embeddings: token embeddings
     times sqrt(d). adaptive: a decoder's `cutoffs`, `factor`, `tie_projections`, `dropout` of `adaptive.py`; None for one table.
     """
@@ -50,9 +52,11 @@ class TrimlineConfig(PretrainedConfig):
         head_dim: int = 64,
         heads_per_layer: list[int] | tuple[int, ...] = (4, 4, 4, 4),
         ffn_per_layer: list[int] | tuple[int, ...] = (1024, 1024, 1024, 1024),
+        heads_kept: list[list[int] | None] | None = None,
         kind: str = "encoder",
         norm: str = "post",
         positions: str = "absolute",
+        untie_cls: bool = True,
         type_vocab_size: int = 0,
         activation: str = "gelu",
         dropout: float = 0.1,
@@ -78,9 +82,11 @@ class TrimlineConfig(PretrainedConfig):
         self.head_dim = head_dim
         self.heads_per_layer = list(heads_per_layer)
         self.ffn_per_layer = list(ffn_per_layer)
+        self.heads_kept = heads_kept
         self.kind = kind
         self.norm = norm
         self.positions = positions
+        self.untie_cls = untie_cls
         self.type_vocab_size = type_vocab_size
         self.activation = activation
         self.dropout = dropout
@@ -132,12 +138,14 @@ class TrimlineSpanOutput(ModelOutput):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of `heads` heads of fixed width."""
+    """Multi-head self-attention of `heads` heads of fixed width; kept: which of those that positions know, None for the first."""
 
-    def __init__(self, config: TrimlineConfig, heads: int):
+    def __init__(self, config: TrimlineConfig, heads: int, kept: list[int] | None):
         super().__init__()
         width = heads * config.head_dim
         self.head_dim = config.head_dim
+        self.kept = kept or list(range(heads))
+        self.scale = 1 / math.sqrt(SCHEMES[config.positions].terms * config.head_dim)
         self.causal = config.kind == "decoder"
         self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
         self.query = nn.Linear(config.hidden_size, width)
@@ -145,12 +153,16 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.hidden_size, width)
         self.output = nn.Linear(width, config.hidden_size)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, head_mask: Tensor | None) -> Tensor:
-        """x [B, L, d]; allowed: boolean, broadcast to [B, heads, L, L]; head_mask [heads]."""
+    def forward(self, x: Tensor, bias: Tensor | None, rotation: Tensor | None, head_mask: Tensor | None) -> Tensor:
+        """x [B, L, d]; bias: boolean, true where a query may look, or added to the scores, broadcast to [B, heads, L, L]; head_mask [heads]."""
         query, key, value = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.query, self.key, self.value))
-        context = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal and allowed is None
-        )
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if bias is not None and bias.is_floating_point():
+            bias = (bias if bias.shape[1] == len(self.kept) else bias[:, self.kept]).to(query.dtype)
+        dropout = self.dropout if self.training else 0.0
+        causal = self.causal and bias is None
+        context = F.scaled_dot_product_attention(query, key, value, bias, dropout, is_causal=causal, scale=self.scale)
         if head_mask is not None:
             context = (context * head_mask[:, None, None]).to(x.dtype)
         return self.output(context.transpose(1, 2).flatten(2))
@@ -177,20 +189,22 @@ class Block(GradientCheckpointingLayer):
     attention_norm: Any
     feed_forward_norm: Any
 
-    def __init__(self, config: TrimlineConfig, heads: int, neurons: int):
+    def __init__(self, config: TrimlineConfig, heads: int, neurons: int, kept: list[int] | None):
         super().__init__()
         self.pre = config.norm == "pre"
-        self.attention = Attention(config, heads) if heads else None
+        self.attention = Attention(config, heads, kept) if heads else None
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if heads else None
         self.feed_forward = FeedForward(config, neurons) if neurons else None
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if neurons else None
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, allowed: Tensor | None, head_mask: Tensor | None, neuron_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, bias: Tensor | None, rotation: Tensor | None, head_mask: Tensor | None, neuron_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns the block's output and the input of its feed-forward sub-layer, both [B, L, d]; None where there is no such sub-layer."""
         if self.attention is not None:
             inner = self.attention_norm(x) if self.pre else x
-            x = self._join(x, self.attention(inner, allowed, head_mask), self.attention_norm, head_mask)
+            x = self._join(x, self.attention(inner, bias, rotation, head_mask), self.attention_norm, head_mask)
         if self.feed_forward is None:
             return x, None
         inner = self.feed_forward_norm(x) if self.pre else x
@@ -214,7 +228,7 @@ class Embeddings(nn.Module):
         else:
             self.word = AdaptiveEmbedding(config.hidden_size, config.vocab_size, config.adaptive["cutoffs"], config.adaptive["factor"])
         self.scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
-        self.positions = SCHEMES[config.positions](config.hidden_size, config.max_position_embeddings)
+        self.positions = SCHEMES[config.positions](config)
         self.types = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "post" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -243,7 +257,9 @@ class TrimlineModel(TrimlinePreTrainedModel):
     def __init__(self, config: TrimlineConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Block(config, *units) for units in zip(config.heads_per_layer, config.ffn_per_layer, strict=True))
+        kept = config.heads_kept or [None] * len(config.heads_per_layer)
+        layers = zip(config.heads_per_layer, config.ffn_per_layer, kept, strict=True)
+        self.layers = nn.ModuleList(Block(config, *layer) for layer in layers)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "pre" and config.final_norm else None
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer and config.kind == "encoder" else None
         self.post_init()
@@ -270,7 +286,7 @@ class TrimlineModel(TrimlinePreTrainedModel):
         token types are ignored by a model without them.
 
         document_ids: int64 [B, L], which of a row's documents a token is of, -1 for padding. A document's tokens stand together;
-        attention then stays inside it and its positions start at 0. An encoder's [cls], of the first document, sees that one alone.
+        attention then stays inside it and its positions start anew. An encoder's [cls], of the first document, sees that one alone.
         """
         masks = masks or {}
         if unknown := masks.keys() - {"heads", "neurons"}:
@@ -281,11 +297,13 @@ class TrimlineModel(TrimlinePreTrainedModel):
         if tokens is None:
             raise ValueError("give input_ids or inputs_embeds")
         x = self.embeddings(tokens, token_type_ids, position_ids, input_mixer)
-        allowed = self._allowed(attention_mask, document_ids)
+        positions: Positions = self.embeddings.positions
+        bias = self._bias(positions.bias(tokens, position_ids), self._allowed(attention_mask, document_ids))
+        rotation = positions.rotation(tokens, position_ids)
         states, memory = [x], None
         for layer, block in enumerate(self.layers):
             head_mask, neuron_mask = self._row(masks, "heads", layer), self._row(masks, "neurons", layer)
-            x, feed_forward_input = block(x, allowed, head_mask, neuron_mask)
+            x, feed_forward_input = block(x, bias, rotation, head_mask, neuron_mask)
             memory = memory if feed_forward_input is None else feed_forward_input
             states.append(x)
         if self.norm is not None:
@@ -311,10 +329,26 @@ class TrimlineModel(TrimlinePreTrainedModel):
             allowed = attention_mask[:, None, None, :].bool()
         else:
             return None
-        if self.config.kind == "decoder":
-            length = allowed.shape[-1]
-            allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=allowed.device).tril()
-        return allowed
+        return allowed & _past(allowed) if self.config.kind == "decoder" else allowed
+
+    def _bias(self, bias: Tensor | None, allowed: Tensor | None) -> Tensor | None:
+        """What attention adds to its scores, or, where that is nothing, the boolean mask.
+
+        Hidden keys get the lowest number there is, not minus infinity: a row of padding alone then stays finite.
+        """
+        if bias is None:
+            return allowed
+        if bias.dim() == 3:
+            bias = bias[None]
+        if allowed is None and self.config.kind == "decoder":
+            allowed = _past(bias)
+        return bias if allowed is None else torch.where(allowed, bias, torch.finfo(bias.dtype).min)
+
+
+def _past(scores: Tensor) -> Tensor:
+    """Boolean [L, L], true at each query's own place and before it; scores [.., L] say how many."""
+    length = scores.shape[-1]
+    return torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
 
 
 class MaskedLMHead(nn.Module):

@@ -25,6 +25,10 @@ class AdaptiveSettings(Settings):
         return self
 
 
+FOR_ENCODERS = ("absolute-relative", "tupe-absolute", "tupe-relative")
+"""Positions that say nothing of a future that is hidden."""
+
+
 class ModelSettings(Settings):
     """The transformer to build, or (`from`) the checkpoint that stands in for one."""
 
@@ -38,7 +42,12 @@ class ModelSettings(Settings):
     hidden: int = setting(256, "Width of the residual stream.", unit="dimensions", ge=8)
     heads: int = setting(4, "Attention heads.", ge=1)
     ffn: int = setting(1024, "Width of the feed-forward block.", unit="neurons", ge=8)
-    positions: Literal["absolute", "sinusoidal"] = setting("absolute", "absolute: a learned vector each; sinusoidal: fixed, any length.")
+    positions: Literal["absolute", "sinusoidal", "absolute-relative", "tupe-absolute", "tupe-relative", "rope", "alibi"] = setting(
+        "absolute",
+        "absolute: a learned vector each; sinusoidal: fixed, any length; absolute-relative: absolute and T5's bias; tupe-absolute: TUPE, positions "
+        "untied from words; tupe-relative: the same and T5's bias; rope: rotations, any length; alibi: a slope a head, any length.",
+    )
+    untie_cls: bool = setting(True, "TUPE scores [cls] apart from positions; false is its paper's ablation.")
     norm: Literal["post", "pre"] = setting("post", "LayerNorm after (BERT) or before (GPT-2) each sub-layer.")
     final_norm: bool = setting(True, "A LayerNorm after the last layer of a pre-norm model.")
     activation: Literal["gelu", "relu"] = setting("gelu", "Activation of the feed-forward block.")
@@ -56,6 +65,14 @@ class ModelSettings(Settings):
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
         if not self.final_norm and self.norm == "post":
             raise ValueError("final_norm: false is for norm: pre; a post-norm model has no such LayerNorm")
+        if self.kind == "decoder" and self.positions in FOR_ENCODERS:
+            raise ValueError(f"positions {self.positions} are for kind: encoder; a decoder takes absolute, sinusoidal, rope or alibi")
+        if self.positions == "rope" and self.hidden // self.heads % 2:
+            raise ValueError(f"positions rope turn pairs of dimensions; heads of hidden {self.hidden} / {self.heads} have an odd one")
+        if not self.untie_cls and not self.positions.startswith("tupe"):
+            raise ValueError(
+                f"untie_cls: false is for tupe-absolute and tupe-relative; positions {self.positions} do not set [cls] apart: leave it out"
+            )
         if self.adaptive and self.kind == "encoder":
             raise ValueError("adaptive is for kind: decoder; leave it out")
         if self.adaptive and self.hidden < self.adaptive.factor ** len(self.adaptive.cutoffs):

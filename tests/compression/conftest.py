@@ -8,7 +8,7 @@ from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineForSequenc
 def encoder():
     """Makes a classifier of 3 layers (4 heads of 8, 48 neurons) with weights large enough for every unit to show in the logits."""
 
-    def make(norm="post", labels=3, dropout=0.0, seed=0):
+    def make(norm="post", labels=3, dropout=0.0, seed=0, positions="absolute"):
         torch.manual_seed(seed)
         config = TrimlineConfig(
             vocab_size=50,
@@ -17,6 +17,7 @@ def encoder():
             heads_per_layer=[4, 4, 4],
             ffn_per_layer=[48, 48, 48],
             norm=norm,
+            positions=positions,
             dropout=dropout,
             max_position_embeddings=16,
             initializer_range=0.2,

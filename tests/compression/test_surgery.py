@@ -3,8 +3,10 @@ import json
 import pytest
 import torch
 
+from pipeline.compression.sparsity import Prunable
 from pipeline.compression.surgery import remove, structure, table
 from pipeline.models.modeling_trimline import TrimlineForSequenceClassification
+from pipeline.models.positions import SCHEMES
 from pipeline.models.size import block_parameters, parameters
 
 
@@ -75,3 +77,27 @@ def test_one_unit_alone_can_be_masked(encoder):
     removed = remove(model, masks)
     assert removed.config.heads_per_layer == [4, 4, 4]
     assert (removed(**inputs).logits - model(**inputs, masks=masks).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("positions", SCHEMES)
+def test_heads_keep_their_own_positions(encoder, positions):
+    """The first of a layer's heads go, so that those left would take the positions of others if these were counted from 0."""
+    model, inputs = encoder(positions=positions), batch()
+    masks = {"heads": torch.ones(3, 4)}
+    masks["heads"][0, :2], masks["heads"][1, 1] = 0, 0
+    masked, removed = model(**inputs, masks=masks).logits, remove(model, masks)
+    assert removed.config.heads_kept == [[2, 3], [0, 2, 3], None]
+    torch.testing.assert_close(removed(**inputs).logits, masked, atol=1e-5, rtol=1e-5)
+    again = TrimlineForSequenceClassification(removed.config).eval()
+    again.load_state_dict(removed.state_dict())
+    masks = {"heads": torch.ones(3, 4)}
+    masks["heads"][:2, 1] = 0
+    twice = remove(again, masks)
+    assert twice.config.heads_kept == [[2], [0, 3], None]
+    torch.testing.assert_close(twice(**inputs).logits, again(**inputs, masks=masks).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_are_not_what_is_pruned(encoder):
+    plain, untied = encoder(), encoder(positions="tupe-relative")
+    assert Prunable.of(plain.config) == Prunable.of(untied.config)
+    assert block_parameters(plain.config) == block_parameters(untied.config)
