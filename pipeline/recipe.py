@@ -38,7 +38,7 @@ class PretrainSettings(TrainSettings):
     notes: NotesSettings | None = setting(None, "Notes on rare words, read while pretraining and thrown away after it. null: none.")
     steps: int = setting(1000, "Optimiser steps.", unit="steps", ge=1)
     document_mask: bool = setting(False, "Attention stays inside a document, and positions restart in each; for rows that hold several documents.")
-    loss_weights: dict[str, float] = setting({}, "Weight of each named loss in the sum; 1 where not named.")
+    loss_weights: dict[str, float] = setting({}, "Weight of each named loss in the sum; the objective's own, or 1, where not named.")
     ranks_per_group: int = setting(
         1, "Ranks that hold equal parts of each group of segments and gather its memory from one another.", unit="ranks", ge=1, result=False
     )
@@ -113,6 +113,8 @@ class Recipe(Settings):
             self._check_pretrain(self.pretrain)
         if self.index:
             self._check_index(self.index)
+        if self.prune and self.prune.time_budget is not None:
+            raise ValueError("prune.time_budget: the masks reach their target by steps, not by time; leave it out (prune.recovery may have one)")
         if self.finetune and self.finetune.task.max_length > self.model.max_length and self.model.from_ is None:
             raise ValueError(f"finetune.task.max_length {self.finetune.task.max_length} exceeds model.max_length {self.model.max_length}")
         return self
@@ -156,6 +158,11 @@ class Recipe(Settings):
             raise ValueError(f"objective {objective.name} needs groups of two or more; pack makes groups of {pack.group_size}")
         if pack.groups not in objective.groups:
             raise ValueError(f"objective {objective.name} needs pack.groups {' or '.join(objective.groups)}; it is {pack.groups}")
+        if pretrain.time_budget is not None and isinstance(objective, TrimeSettings) and objective.ce_warmup_ratio:
+            raise ValueError(
+                f"pretrain.time_budget: objective {objective.name} begins without memory for a share of the steps, which a budget does not tell; "
+                "set objective.ce_warmup_ratio: 0, or leave the budget out"
+            )
         if pretrain.ranks_per_group > 1 and (objective.needs != "groups" or pack.group_size % pretrain.ranks_per_group):
             raise ValueError(
                 f"pretrain.ranks_per_group {pretrain.ranks_per_group} divides groups of segments that share a memory (trimelm_long, trimelm_ext); "

@@ -101,6 +101,8 @@ def _pretraining(recipe: Recipe, packed: dict[str, Any] | None) -> str:
     assert recipe.pack is not None
     tokens = recipe.pretrain.steps * recipe.pretrain.batch_size * recipe.pack.length
     text = f"{recipe.pretrain.steps} steps, {tokens / 1e6:.1f} M tokens"
+    if recipe.pretrain.time_budget is not None:
+        text = f"{recipe.pretrain.time_budget:g} minutes, at most {text}"
     if packed is None:
         return f"{text}; steps an epoch are known once pack is made"
     an_epoch = packed["groups"] * recipe.pack.group_size / recipe.pretrain.batch_size

@@ -245,9 +245,11 @@ def _progress(recipe: Recipe, step: Step) -> tuple[str, str]:
     figures = [f"loss {last['loss']:.4g}"] if "loss" in last else []
     if step.stage != "pretrain" or recipe.pretrain is None:  # only there the recipe counts in steps
         return _clock(changed), ", ".join([f"step {last.get('step', 0)}", *figures])
-    rate = next((rows for line in reversed(lines) if (rows := json.loads(line).get("rows_per_second"))), None)
-    if rate:
-        left = (recipe.pretrain.steps - last["step"]) * recipe.pretrain.batch_size / rate
+    rates = next((record for line in reversed(lines) if (record := json.loads(line)).get("rows_per_second")), None)
+    if rates:
+        left = (recipe.pretrain.steps - last["step"]) * recipe.pretrain.batch_size / rates["rows_per_second"]
+        if recipe.pretrain.time_budget is not None:
+            left = min(left, max(0.0, 60 * recipe.pretrain.time_budget - rates["seconds"]))
         figures.append(f"{left / 60:.0f} min left")
     return _clock(changed), ", ".join([f"step {last.get('step', 0)} of {recipe.pretrain.steps}", *figures])
 

@@ -58,12 +58,13 @@ def run(work: Work) -> dict[str, Any]:
         directory=work.scratch,
         logs=work.logs,
         ranks=work.ranks,
-        loss_weights=settings.loss_weights,
+        loss_weights={**objective.loss_weights, **settings.loss_weights},
     )
     if work.ranks.first:
         export.save(model, tokenizer, work.directory / "model", summary.weights)
     losses = {name if name in trainee.figures else f"loss_{name}": round(loss, 4) for name, loss in summary.losses.items()}
-    return {**losses, "steps": summary.steps, "tokens_per_second": round(summary.tokens_per_second), "parameters": parameters}
+    ratios = {name: round(ratio, 4) for name, ratio in summary.ratios.items()}
+    return {**losses, **ratios, "steps": summary.steps, "tokens_per_second": round(summary.tokens_per_second), "parameters": parameters}
 
 
 def starting_model(recipe: Recipe, tokenizer: Any, length: int) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,12 +45,13 @@ class Batches(Protocol):
 class Summary:
     """What came out of a training.
 
-    losses: global means of the last step, by name. seconds: in training steps, over all restarts.
-    tokens_per_second: tokens that are not padding, all ranks.
+    losses: global means of the last step, by name. ratios: the trainee's quotients of them. seconds: in training steps, over all restarts.
+    tokens_per_second: tokens that are not padding, all ranks. steps: those done, fewer than asked for where the time budget ended training.
     weights: on rank 0 the full fp32 state dict of `trainee.model`; None on the others.
     """
 
     losses: dict[str, float]
+    ratios: dict[str, float]
     seconds: float
     tokens_per_second: float
     steps: int
@@ -70,8 +71,9 @@ def train(
     loss_weights: dict[str, float] | None = None,
     title: str = "pretrain",
 ) -> Summary:
-    """Trains for `steps` optimiser steps, going on from `directory/checkpoints` where there are any. Every rank calls it.
+    """Trains for `steps` optimiser steps, or until the settings' time budget is used up. Every rank calls it.
 
+    Goes on from `directory/checkpoints` where there are any. The clock of the time budget is the first rank's, as it was when the step before began.
     The trainee's losses must be 0, not nan, in a batch without targets. A finished training returns its summary at once.
     Raises Stopped after SIGTERM, SIGINT or SIGUSR2, with a checkpoint saved; UserError when the batch cannot be divided among
     the ranks, the checkpoints do not fit, or a loss is no longer finite.
@@ -107,6 +109,7 @@ class _Loop:
         self.device = engines.start()
         assert distributed.get_world_size() == ranks.size, f"{distributed.get_world_size()} ranks joined, {ranks.size} expected"
         self.figures: frozenset[str] = getattr(trainee, "figures", frozenset())
+        self.ratios: Mapping[str, tuple[str, str]] = getattr(trainee, "ratios", {})
         self.side = _outside(trainee, self.device)
         self.side_optimizer = self.side.optimizer() if self.side is not None else None
         if settings.activation_checkpointing:
@@ -120,42 +123,55 @@ class _Loop:
         self.checkpoints = Checkpoints(
             self.directory / "checkpoints", self.engine, self.side, self.side_optimizer, identity, settings.keep_checkpoints
         )
-        self.start, self.progress = self.checkpoints.restore() or (0, {"losses": {}, "seconds": 0.0, "tokens": 0})
-        if self.start > self.steps:
+        self.done, self.progress = self.checkpoints.restore() or (0, {"losses": {}, "seconds": 0.0, "tokens": 0})
+        if self.done > self.steps:
             raise UserError(
-                f"{self.directory}: trained for {self.start} steps already, {self.steps} are asked for; remove {self.directory} to train again"
+                f"{self.directory}: trained for {self.done} steps already, {self.steps} are asked for; remove {self.directory} to train again"
             )
-        self.telemetry = telemetry.Telemetry(self.logs, title=self.title, start=self.start, steps=self.steps) if ranks.first else None
-        if self.start and ranks.first:
-            print(f"{self.title}: goes on after step {self.start}", flush=True)
+        self.elapsed = self.progress["seconds"]
+        self.telemetry = None
+        if ranks.first:
+            self.telemetry = telemetry.Telemetry(
+                self.logs, title=self.title, start=self.done, steps=self.steps, time_budget=settings.time_budget, ratios=self.ratios
+            )
+        if self.done and ranks.first:
+            print(f"{self.title}: goes on after step {self.done}", flush=True)
         peak, flops = telemetry.peak_flops(self.device, precision), getattr(trainee, "flops_per_row", None)
-        self.mfu_per_row = flops / (peak * ranks.size) if peak and flops else None  # times rows a second
+        self.mfu_per_row = flops / (peak * ranks.size) if peak and flops else None  # times full rows a second
         self.names: list[str] = []
         self.pending: list[tuple[dict[str, Any], Tensor]] = []
 
     def run(self, stop: StopRequest) -> Summary:
         self.clock = time.perf_counter()
-        for step in range(self.start, self.steps):
-            stop_wanted = self._step(step, stop)
-            done = step + 1
-            asked = stop_wanted()
-            save = asked or done == self.steps or done % self.settings.checkpoint_every == 0
-            if save or done % self.settings.log_every == 0:
-                self._flush(rates=done == self.steps or done % self.settings.log_every == 0)
+        while not self._finished():
+            observed = self._step(self.done, stop)
+            self.done += 1
+            microseconds, asked = observed()
+            self.elapsed = microseconds / 1e6
+            log = self._finished() or self.done % self.settings.log_every == 0
+            save = asked or self._finished() or self.done % self.settings.checkpoint_every == 0
+            if save or log:
+                self._flush(rates=log)
             if save:
-                self.checkpoints.save(done, self.progress)
+                self.checkpoints.save(self.done, self.progress)
                 self.clock = time.perf_counter()
             if asked:
                 if self.ranks.first:
-                    print(f"{self.title}: stopped after step {done} by {stop.signal_name or 'another rank'}, checkpoint saved", flush=True)
-                raise Stopped(done, stop.signal_name or "another rank")
-        seconds, tokens = self.progress["seconds"], self.progress["tokens"]
+                    print(f"{self.title}: stopped after step {self.done} by {stop.signal_name or 'another rank'}, checkpoint saved", flush=True)
+                raise Stopped(self.done, stop.signal_name or "another rank")
+        losses, seconds, tokens = self.progress["losses"], self.progress["seconds"], self.progress["tokens"]
         weights = engines.full_weights(self.engine, self.trainee.model)
-        return Summary(self.progress["losses"], seconds, tokens / max(seconds, 1e-9), self.steps, weights)
+        return Summary(losses, telemetry.quotients(self.ratios, losses), seconds, tokens / max(seconds, 1e-9), self.done, weights)
 
-    def _step(self, step: int, stop: StopRequest) -> Callable[[], bool]:
-        """One optimiser step. Returns how to ask whether any rank wants to stop, without waiting for the device now."""
-        lr = learning_rate(self.settings, step, self.steps)
+    def _finished(self) -> bool:
+        budget = self.settings.time_budget
+        return self.done == self.steps or (budget is not None and self.elapsed >= 60 * budget)
+
+    def _step(self, step: int, stop: StopRequest) -> Callable[[], list[int]]:
+        """One optimiser step. Returns how to ask for the first rank's clock when it began (microseconds of training) and for how many ranks
+        were asked to stop, without waiting for the device now.
+        """
+        lr = learning_rate(self.settings, step, self.steps, self.elapsed)
         engines.set_learning_rate(self.engine, lr)
         torch.manual_seed(int(np.random.SeedSequence([self.seed, step, self.ranks.rank]).generate_state(1, np.uint64)[0]))
         if self.side is not None:
@@ -174,17 +190,17 @@ class _Loop:
                 self.engine.step()
         norm = engines.step(self.engine)
         record = {"step": step + 1, "lr": lr, "side": self._step_side(step)}
-        self.pending.append((record, torch.cat([means, norm.reshape(1), totals[-2:-1].double()])))
-        return _later(totals[-1])
+        self.pending.append((record, torch.cat([means, norm.reshape(1), totals[-3:-2].double()])))
+        return _later(totals[-2:])
 
     def _batch(self, step: int, stop: StopRequest) -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
         """This rank's prepared micro-batches, their targets [micro-batches, losses], and over all ranks
-        the targets of each loss, the tokens that are not padding, and how many ranks were asked to stop: int64 [losses + 2].
+        the targets of each loss, the tokens that are not padding, the first rank's clock, and how many ranks were asked to stop: int64 [losses + 3].
         """
         arrays = self.batches.batch(step, self.ranks.rank, self.ranks.size)
         found = {len(array) for array in arrays.values()}
         assert found == {self.rows * self.accumulation}, f"batch of {found} rows, expected {self.rows * self.accumulation}"
-        tokens = arrays["attention_mask"].sum() if "attention_mask" in arrays else next(iter(arrays.values())).size
+        tokens, self.row_length = arrays["attention_mask"].sum(), arrays["attention_mask"].shape[1]
         micro_batches = []
         for start in range(0, self.rows * self.accumulation, self.rows):
             batch = {name: _to(array[start : start + self.rows], self.device) for name, array in arrays.items()}
@@ -199,12 +215,13 @@ class _Loop:
             self.loss_weights = dict.fromkeys(self.names, 0.0) | dict.fromkeys(trained, 1.0) | self.loss_weights
             self.weights = torch.tensor([self.loss_weights[name] for name in self.names], device=self.device)
         counts = torch.stack([torch.stack([found[name].to(self.device, torch.int64) for name in self.names]) for found in targets])
-        totals = torch.cat([counts.sum(0), _to(np.array([tokens, bool(stop)], dtype=np.int64), self.device)])
+        seconds = self.progress["seconds"] + time.perf_counter() - self.clock if self.ranks.first else 0.0
+        totals = torch.cat([counts.sum(0), _to(np.array([tokens, int(1e6 * seconds), bool(stop)], dtype=np.int64), self.device)])
         distributed.all_reduce(totals)
         return micro_batches, counts, totals
 
-    def _step_side(self, step: int) -> dict[str, float]:
-        """Averages the side module's gradients over ranks and steps it."""
+    def _step_side(self, step: int) -> dict[str, float | Tensor]:
+        """Averages the side module's gradients over ranks, where it has any, and steps it."""
         if self.side is None:
             return {}
         gradients = [parameter.grad for parameter in self.side.parameters() if parameter.grad is not None]
@@ -234,15 +251,16 @@ class _Loop:
             by_name = dict(zip(self.names, losses, strict=True))
             total = sum(self.loss_weights[name] * loss for name, loss in by_name.items())
             self._check_finite(record, by_name, norm)
-            records.append({"step": record["step"], "loss": total, "losses": by_name, "lr": record["lr"], "grad_norm": norm, "side": record["side"]})
+            made = {"loss": total, "losses": by_name, "ratios": telemetry.quotients(self.ratios, by_name), "lr": record["lr"], "grad_norm": norm}
+            records.append({"step": record["step"], **made, "side": {name: float(value) for name, value in record["side"].items()}})
         tokens = round(sum(tokens for _, tokens in rest))
         if rates:
-            rows = self.batches.batch_size * len(records) / seconds
             records[-1] |= {
+                "seconds": self.progress["seconds"] + seconds,
                 "tokens_per_second": tokens / seconds,
-                "rows_per_second": rows,
+                "rows_per_second": self.batches.batch_size * len(records) / seconds,
                 "memory_bytes": telemetry.memory_bytes(self.device),
-                "mfu": rows * self.mfu_per_row if self.mfu_per_row else None,
+                "mfu": tokens / self.row_length / seconds * self.mfu_per_row if self.mfu_per_row else None,
             }
         self.pending.clear()
         self.progress = {
@@ -289,17 +307,17 @@ def _to(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _later(value: Tensor) -> Callable[[], bool]:
-    """Starts bringing a scalar to the host; the call reads it. Waits for that copy alone, not for what was queued after it."""
-    if value.device.type != "cuda":
-        return lambda: bool(value)
-    copy = torch.empty((), dtype=value.dtype, pin_memory=True)
-    copy.copy_(value, non_blocking=True)
+def _later(values: Tensor) -> Callable[[], list[int]]:
+    """Starts bringing a few numbers to the host; the call reads them. Waits for that copy alone, not for what was queued after it."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
 
-    def read() -> bool:
+    def read() -> list[int]:
         arrived.synchronize()
-        return bool(copy)
+        return copy.tolist()
 
     return read

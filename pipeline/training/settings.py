@@ -16,10 +16,20 @@ class TrainSettings(Settings):
     micro_batch_size: int = setting(32, "Most rows of one forward pass on a rank; accumulation follows from it.", unit="rows", ge=1, result=False)
     lr: float = setting(5e-4, "Peak learning rate.", gt=0)
     min_lr_ratio: float = setting(0.0, "Final learning rate over the peak.", ge=0, le=1)
-    schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = setting(
-        "linear", "Decay after warm-up; inverse_sqrt: with the square root of the steps over those of the warm-up."
+    schedule: Literal["linear", "cosine", "constant", "inverse_sqrt", "wsd"] = setting(
+        "linear",
+        "Decay after warm-up; inverse_sqrt: with the square root of the steps over those of the warm-up;"
+        " wsd: none until the last decay_ratio of the steps (warm-up, stable, decay).",
     )
     warmup_ratio: float = setting(0.06, "Share of the steps that the learning rate rises linearly.", ge=0, lt=1)
+    decay_ratio: float = setting(0.2, "Share of the steps, the last ones, in which schedule wsd decays.", gt=0, le=1)
+    time_budget: float | None = setting(
+        None,
+        "Training time, over restarts, without start-up and writing of checkpoints. Where it is used up before the steps are done, training ends;"
+        " the schedule follows whichever is further, steps or time. So two runs are not the same bits. null: the steps alone count.",
+        unit="minutes",
+        gt=0,
+    )
     warmup_from: float = setting(0.0, "Learning rate that the warm-up starts from, over the peak.", ge=0, le=1)
     optimizer: Literal["adamw", "nesterov"] = setting("adamw", "adamw, or nesterov: gradient descent with Nesterov's momentum.")
     momentum: float = setting(0.99, "Nesterov's momentum.", ge=0, lt=1)
@@ -38,4 +48,8 @@ class TrainSettings(Settings):
     def _warms_up(self) -> TrainSettings:
         if self.schedule == "inverse_sqrt" and not self.warmup_ratio:
             raise ValueError("schedule inverse_sqrt falls by the steps of the warm-up: set warmup_ratio above 0")
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError(
+                f"schedule wsd: warmup_ratio {self.warmup_ratio:g} and decay_ratio {self.decay_ratio:g} are more than all steps; lower one of them"
+            )
         return self

@@ -1,14 +1,17 @@
 """What a person watches while it trains: one log line, `metrics.jsonl`, TensorBoard. First rank only.
 
 `metrics.jsonl` has a line for every step: step, loss (the weighted sum), losses by name, learning rate, gradient norm before
-clipping, values of the side module. Every `log_every`-th also has rates; those steps go to the log and to TensorBoard.
+clipping, ratios of losses, values of the side module. Every `log_every`-th also has rates, and the seconds of training so far; those steps
+go to the log and to TensorBoard. A ratio of one step is noisy: TensorBoard's is that of the sums over the steps since its last point.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +51,34 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Telemetry:
-    """Writes into `logs`, going on after `start` finished steps: later lines of an interrupted run are removed."""
+def quotients(ratios: Mapping[str, tuple[str, str]], losses: Mapping[str, float]) -> dict[str, float]:
+    """Each ratio's numerator over its denominator, by name; without those whose denominator is 0: nothing of its kind was met."""
+    return {name: losses[above] / losses[below] for name, (above, below) in ratios.items() if losses[below]}
 
-    def __init__(self, logs: Path, *, title: str, start: int, steps: int):
+
+class Telemetry:
+    """Writes into `logs`, going on after `start` finished steps: later lines of an interrupted run are removed.
+
+    time_budget: minutes of training at which it ends even before `steps`, or None. ratios: see `quotients`.
+    """
+
+    def __init__(
+        self,
+        logs: Path,
+        *,
+        title: str,
+        start: int,
+        steps: int,
+        time_budget: float | None = None,
+        ratios: Mapping[str, tuple[str, str]] | None = None,
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         logs.mkdir(parents=True, exist_ok=True)
         self.title = title
-        self.steps = steps
+        self.steps, self.time_budget = steps, time_budget
+        self.ratios = ratios or {}
+        self._sums = dict.fromkeys(itertools.chain(*self.ratios.values()), 0.0)
         self._start = start
         self._began = time.monotonic()
         _cut(logs / METRICS, start)
@@ -67,21 +89,27 @@ class Telemetry:
         """One record a step, in order, as `metrics.jsonl` keeps them; those with `tokens_per_second` are shown."""
         for record in records:
             self._lines.write(json.dumps(record) + "\n")
+            for name in self._sums:
+                self._sums[name] += record["losses"][name]
             if "tokens_per_second" in record:
                 self._show(record)
         self._lines.flush()
 
     def _show(self, record: dict[str, Any]) -> None:
         step = record["step"]
-        for name, value in record.items():
-            if isinstance(value, dict):
-                for part, number in value.items():
-                    self._board.add_scalar(f"{name}/{part}", number, step)
-            elif name != "step" and value is not None:
-                self._board.add_scalar(name, value, step)
+        groups = record | {"losses": record["losses"] | quotients(self.ratios, self._sums)}
+        self._sums = dict.fromkeys(self._sums, 0.0)
+        for name, value in groups.items():
+            if name in ("step", "seconds", "ratios") or value is None:
+                continue
+            parts = {f"{name}/{part}": number for part, number in value.items()} if isinstance(value, dict) else {name: value}
+            for tag, number in parts.items():
+                self._board.add_scalar(tag, number, step)
         self._board.flush()
         seconds = (time.monotonic() - self._began) / max(1, step - self._start) * (self.steps - step)
-        parts = [
+        if self.time_budget is not None:
+            seconds = min(seconds, max(0.0, 60 * self.time_budget - record["seconds"]))
+        line = [
             f"step {step}/{self.steps}",
             f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.2e}",
@@ -89,7 +117,7 @@ class Telemetry:
             *([f"MFU {record['mfu']:.1%}"] if record.get("mfu") is not None else []),
             f"ETA {_clock(seconds)}",
         ]
-        print(f"{self.title}: {'  '.join(parts)}", flush=True)
+        print(f"{self.title}: {'  '.join(line)}", flush=True)
 
     def close(self) -> None:
         self._lines.close()

@@ -15,11 +15,17 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.training.schedules import learning_rate
+from pipeline.training.settings import TrainSettings
+
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 MOVED = ("zero1", "zero3")
+ACCOMPANIED = ("zero0", "zero1", "zero3")
 STEPS = 6
 LONG = {"steps": 8, "trainee": {"dropout": 0.1}, "settings": {"deepspeed": "zero1", "checkpoint_every": 2}}
 """With dropout, and a checkpoint after steps 2, 4, 6 and 8."""
+BUDGET = {"steps": 1000, "pause": 0.1, "settings": {"deepspeed": "zero1", "time_budget": 0.05}}
+"""Three seconds, of which a step takes a tenth or more."""
 NESTEROV = {"optimizer": "nesterov", "momentum": 0.8, "lr": 0.1, "weight_decay": 0.0}
 
 
@@ -94,6 +100,12 @@ def two_ranks(place: Path, launch: Callable[..., Any]) -> Any:
     trainings += [training(place, f"nesterov-{stage}", settings={"deepspeed": stage, **NESTEROV}) for stage in (*STAGES, "zero1-bf16")]
     moved = [training(place, f"nesterov-moved-{stage}", settings={"deepspeed": stage, **NESTEROV}, actions=stop_at(2, rank=1)) for stage in MOVED]
     trainings += moved
+    for stage in ACCOMPANIED:
+        options = {"settings": {"deepspeed": stage}, "accompanied": True}
+        trainings += [training(place, f"accompanied-{stage}", **options)]
+        trainings += [training(place, f"accompanied-stopped-{stage}", **options, actions=stop_at(2, rank=1))]
+    trainings += [training(place, "budget", **BUDGET), training(place, "budget-stopped", **BUDGET, actions=stop_at(2, rank=1))]
+    trainings += [training(place, "budget-ample", settings={"deepspeed": "zero1", "time_budget": 1000.0})]
     trainings += [training(place, "terminated", actions=stop_at(1, rank=0, signal="SIGTERM"), let_stop=True)]
     return launch(trainings, 2)
 
@@ -130,6 +142,8 @@ def two_ranks_again(place: Path, two_ranks: Any, killed: Any, one_rank: Any, lau
             spoil(place / name / "checkpoints" / checkpoint, "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt")
     trainings = [training(place, name, **LONG) for name in ("killed", "damaged", "all-damaged", "long")]
     trainings += [training(place, f"grows-{stage}", settings={"deepspeed": stage}) for stage in ("zero1", "zero3")]
+    trainings += [training(place, f"accompanied-stopped-{stage}", settings={"deepspeed": stage}, accompanied=True) for stage in ACCOMPANIED]
+    trainings += [training(place, name, **BUDGET) for name in ("budget", "budget-stopped")]
     trainings += [training(place, "terminated")]
     return launch(trainings, 2)
 
@@ -168,6 +182,70 @@ def test_the_side_module_gets_the_gradient_of_the_whole_batch_and_is_the_same_on
     assert torch.equal(*sides)
     torch.testing.assert_close(sides[0], gate, atol=1e-5, rtol=1e-5)
     assert history(place / stage)[-1]["side"]["gate"] == pytest.approx(float(gate.sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", ACCOMPANIED)
+def test_an_objectives_own_network_and_a_side_module_of_buffers_train_as_in_plain_torch_and_resume_bit_for_bit(
+    stage, place, toy, two_ranks, two_ranks_again
+):
+    name, stopped = f"accompanied-{stage}", f"accompanied-stopped-{stage}"
+    assert two_ranks.results[name]["outcome"] == "done", two_ranks.output
+    expected, weights, table = toy.reference(STEPS, accompanied=True)
+    for found, reference in zip(losses(place / name), expected, strict=True):
+        assert found == pytest.approx(reference, abs=1e-4)
+    found = torch.load(place / name / "weights.pt")
+    assert list(found) == list(weights), "the model's, without the objective's network"
+    torch.testing.assert_close(found, weights, atol=1e-5, rtol=1e-5)
+    sides = [torch.load(place / name / f"side-{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(sides[0]["table"], table, atol=1e-5, rtol=1e-5)
+
+    assert two_ranks.results[stopped]["outcome"] == "stopped"
+    assert two_ranks_again.results[stopped]["outcome"] == "done", two_ranks_again.output
+    assert [(record["losses"], record["side"]) for record in history(place / stopped)] == [
+        (record["losses"], record["side"]) for record in history(place / name)
+    ]
+    again = [torch.load(place / stopped / f"side-{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(side[buffer], sides[0][buffer]) for side in (sides[1], *again) for buffer in ("table", "updates"))
+    resumed = torch.load(place / stopped / "weights.pt")
+    assert all(torch.equal(resumed[key], found[key]) for key in found)
+
+
+def test_a_ratio_is_the_quotient_of_global_means_and_not_logged_where_its_kind_was_not_met(place, two_ranks):
+    records = history(place / "accompanied-zero1")
+    assert {record["losses"]["kind"] > 0 for record in records} == {True, False}, "steps with such targets and without"
+    for record in records:
+        hits, kind = record["losses"]["hits"], record["losses"]["kind"]
+        assert record["ratios"] == ({"accuracy": hits / kind} if kind else {})
+        assert record["loss"] == pytest.approx(
+            sum(record["losses"][name] * weight for name, weight in (("first", 1), ("second", 0.5), ("companion", 1)))
+        )
+    assert two_ranks.results["accompanied-zero1"]["ratios"] == records[-1]["ratios"]
+
+
+@pytest.mark.parametrize("name", ["budget", "budget-stopped"])
+def test_a_time_budget_ends_training_and_its_schedule_at_the_same_step_on_every_rank(name, place, toy, two_ranks, two_ranks_again):
+    result = (two_ranks_again if "stopped" in name else two_ranks).results[name]
+    assert result["outcome"] == "done", two_ranks_again.output
+    records, settings = history(place / name), TrainSettings(**toy.SETTINGS | BUDGET["settings"])
+    clock, other = (json.loads((place / name / f"clock-{rank}.json").read_text()) for rank in (0, 1))
+    assert clock == other
+    assert clock[0] == ([3, records[2]["seconds"]] if "stopped" in name else [0, 0.0]), "time goes on where it was stopped"
+    for (step, seconds), record in zip(clock, records[clock[0][0] :], strict=True):
+        assert (record["step"], record["lr"]) == (step + 1, learning_rate(settings, step, BUDGET["steps"], seconds))
+    times = [seconds for _, seconds in clock]
+    assert times == sorted(times)
+    assert times[-1] < 60 * settings.time_budget <= records[-1]["seconds"]
+    assert result["steps"] == records[-1]["step"] < BUDGET["steps"]
+
+
+def test_a_training_whose_time_is_used_up_is_finished(two_ranks, two_ranks_again):
+    assert two_ranks_again.results["budget"] == two_ranks.results["budget"] | {"calls": 0}
+
+
+def test_within_an_ample_time_budget_the_steps_count(place, toy, two_ranks):
+    assert two_ranks.results["budget-ample"]["steps"] == STEPS
+    for found, reference in zip(losses(place / "budget-ample"), toy.reference(STEPS)[0], strict=True):
+        assert found == pytest.approx(reference, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["zero0-bf16", "zero1-bf16", "zero3-bf16"])

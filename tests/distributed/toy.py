@@ -11,17 +11,19 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
 from pipeline.launch.ranks import Ranks
+from pipeline.training import loop
 from pipeline.training.loop import Stopped, Summary, train
 from pipeline.training.schedules import learning_rate
 from pipeline.training.settings import TrainSettings
@@ -105,15 +107,88 @@ class Trainee(nn.Module):
         return losses
 
 
+class Table(nn.Module):
+    """A side module of buffers alone, which it updates itself: a running mean of each token's hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(VOCABULARY, WIDTH))
+        self.register_buffer("updates", torch.zeros(VOCABULARY, dtype=torch.int64))
+
+    def optimizer(self) -> None:
+        return None
+
+    def before_step(self, step: int) -> None:
+        self.sums = torch.zeros(VOCABULARY, WIDTH + 1)
+
+    def collect(self, ids: Tensor, hidden: Tensor) -> None:
+        self.sums.index_add_(0, ids.flatten(), nn.functional.pad(hidden.detach().float().flatten(0, 1), (0, 1), value=1.0))
+
+    def after_step(self, step: int) -> dict[str, float | Tensor]:
+        if distributed.is_initialized():
+            distributed.all_reduce(self.sums)
+        means, count = self.sums[:, :-1] / self.sums[:, -1:].clamp(min=1), self.sums[:, -1]
+        self.table += 0.5 * (count > 0)[:, None] * (means - self.table)
+        self.updates += count.long()
+        return {"norm": self.table.norm(), "updates": float(self.updates.sum())}
+
+
+class Companion(nn.Module):
+    """An objective with a network of its own that shares the model's embedding."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.embedding = model.embedding
+        self.network = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.network(self.embedding(ids))
+
+
+class Accompanied(Trainee):
+    """Also trains the objective's network, reads and writes a table, and counts how often a rare kind of token, 7, is predicted."""
+
+    figures = frozenset({"hits", "kind"})
+    ratios: ClassVar = {"accuracy": ("hits", "kind")}
+
+    def __init__(self) -> None:
+        super().__init__(side=False)
+        object.__setattr__(self, "side", Table())
+        self.objective = Companion(self.model)
+
+    def targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        counts = super().targets(batch)
+        return counts | dict.fromkeys(("companion", "hits", "kind"), counts["first"])
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        ids, labels = batch["input_ids"], batch["first"].flatten()
+        target = labels != -100
+        logits = self.model(ids, 1 + self.side.table[ids]).float().flatten(0, 1)
+        self.side.collect(ids, logits.view(*ids.shape, -1)[..., :WIDTH])
+        kind = (ids.flatten() == 7) & target
+        counted = {"kind": kind, "hits": kind & (logits.argmax(-1) == labels)}
+        other = self.objective(ids).float().flatten(0, 1)
+        return {
+            "first": cross_entropy(logits, labels),
+            "second": cross_entropy(logits, batch["second"].flatten(), reduction="sum") / (batch["second"] != -100).sum().clamp(min=1),
+            "companion": cross_entropy(other, labels),
+            **{name: found.sum() / target.sum() for name, found in counted.items()},
+        }
+
+
 class Batches:
-    """Rows drawn from the step alone. `actions`: what to do to this process when a step's batch is asked for."""
+    """Rows drawn from the step alone.
+
+    actions: what to do to this process when a step's batch is asked for. pause: seconds that a batch takes to make.
+    """
 
     batch_size, unit, steps_per_epoch = ROWS, 1, 10.0
 
-    def __init__(self, actions: list[dict[str, Any]] = (), fingerprint: str = "toy"):
-        self.actions, self.fingerprint = actions, fingerprint
+    def __init__(self, actions: list[dict[str, Any]] = (), fingerprint: str = "toy", pause: float = 0.0):
+        self.actions, self.fingerprint, self.pause = actions, fingerprint, pause
 
     def batch(self, step: int, rank: int, world: int) -> dict[str, np.ndarray]:
+        time.sleep(self.pause)
         for action in self.actions:
             if action["step"] == step and rank in action["ranks"]:
                 os.kill(os.getpid(), getattr(signal, action["signal"]))
@@ -125,42 +200,56 @@ class Batches:
         return {"input_ids": ids[mine], "attention_mask": mask[mine]}
 
 
-def reference(steps: int, **changes: Any) -> tuple[list[dict[str, float]], dict[str, Tensor], Tensor]:
-    """The same training written out in plain torch on the whole batch: losses by step, final weights, the gate."""
-    trainee, settings = Trainee(), TrainSettings(**SETTINGS | changes)
-    matrices = [p for p in trainee.model.parameters() if p.ndim >= 2]
-    vectors = [p for p in trainee.model.parameters() if p.ndim < 2]
+def reference(steps: int, *, accompanied: bool = False, **changes: Any) -> tuple[list[dict[str, float]], dict[str, Tensor], Tensor]:
+    """The same training written out in plain torch on the whole batch: losses by step, final weights, the gate or the table."""
+    trainee, settings = Accompanied() if accompanied else Trainee(), TrainSettings(**SETTINGS | changes)
+    matrices = [p for p in trainee.parameters() if p.ndim >= 2]
+    vectors = [p for p in trainee.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     if settings.optimizer == "nesterov":
         optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=True)
     else:
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
-    side_optimizer = trainee.side.optimizer()
+    optimizers = [optimizer] if accompanied else [optimizer, trainee.side.optimizer()]
     history = []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, steps)
+        trainee.side.before_step(step)
         batch = {name: torch.from_numpy(array) for name, array in Batches().batch(step, 0, 1).items()}
         losses = trainee(trainee.prepare(batch, step), step)
         history.append({name: float(loss.detach()) for name, loss in losses.items()})
-        sum(LOSS_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items()).backward()
-        nn.utils.clip_grad_norm_(trainee.model.parameters(), settings.gradient_clipping)
-        for each in (optimizer, side_optimizer):
+        sum(LOSS_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items() if name not in getattr(trainee, "figures", ())).backward()
+        nn.utils.clip_grad_norm_(trainee.parameters(), settings.gradient_clipping)
+        for each in optimizers:
             each.step()
             each.zero_grad()
-    return history, trainee.model.state_dict(), trainee.side.value.detach()
+        trainee.side.after_step(step)
+    return history, trainee.model.state_dict(), trainee.side.table if accompanied else trainee.side.value.detach()
 
 
 def run(training: dict[str, Any]) -> tuple[Summary, int]:
-    """One training as a test describes it, and how often its hidden layer was computed."""
+    """One training as a test describes it, and how often its hidden layer was computed.
+
+    Leaves each rank's side module, what each rank took for the time (`clock-0.json`: [step, seconds] of each learning rate), and the weights.
+    """
     directory = Path(training["directory"])
-    trainee = Trainee(**training.get("trainee", {}))
-    batches = Batches(training.get("actions", ()), training.get("fingerprint", "toy"))
+    trainee = Accompanied() if training.get("accompanied") else Trainee(**training.get("trainee", {}))
+    batches = Batches(training.get("actions", ()), training.get("fingerprint", "toy"), training.get("pause", 0.0))
     settings = TrainSettings(**SETTINGS | training.get("settings", {}))
+    clock: list[tuple[int, float]] = []
+
+    def observed(settings: TrainSettings, step: int, steps: int, seconds: float) -> float:
+        clock.append((step, seconds))
+        return learning_rate(settings, step, steps, seconds)
+
+    loop.learning_rate = observed
     summary = train(
         trainee, batches, settings, steps=training["steps"], seed=1, directory=directory, logs=directory / "logs", ranks=Ranks.here(),
         loss_weights=LOSS_WEIGHTS, title=training["name"],
     )  # fmt: skip
+    if clock:
+        (directory / f"clock-{Ranks.here().rank}.json").write_text(json.dumps(clock))
     if trainee.side is not None:
         torch.save(trainee.side.state_dict(), directory / f"side-{Ranks.here().rank}.pt")
     if summary.weights is not None:
@@ -173,7 +262,8 @@ def main() -> None:
     for training in trainings:
         try:
             summary, calls = run(training)
-            results[training["name"]] = {"outcome": "done", "losses": summary.losses, "tokens_per_second": summary.tokens_per_second, "calls": calls}
+            figures = {name: getattr(summary, name) for name in ("losses", "ratios", "steps", "tokens_per_second")}
+            results[training["name"]] = {"outcome": "done", **figures, "calls": calls}
         except Stopped as stopped:
             results[training["name"]] = {"outcome": "stopped", "step": stopped.step, "code": stopped.code}
             if training.get("let_stop"):

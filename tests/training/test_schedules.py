@@ -49,3 +49,29 @@ def test_a_cosine_after_warm_up_is_fairseqs_of_one_period():
     found = rates(warmup + period, warmup_ratio=warmup / (warmup + period), schedule="cosine", min_lr_ratio=floor)
     for update in (16, 100, 285):
         assert found[update] == pytest.approx(floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * (update - warmup) / period)))
+
+
+def test_wsd_stays_at_the_peak_then_falls_as_one_minus_the_square_root():
+    found = rates(20, warmup_ratio=0.1, schedule="wsd", decay_ratio=0.2, min_lr_ratio=0.5)
+    assert found[:2] == pytest.approx([0.5, 1.0])
+    assert found[2:17] == [1.0] * 15
+    assert found[17:] == pytest.approx([1 - 0.5 * math.sqrt(share) for share in (0.25, 0.5, 0.75)])
+    assert found[17] == 0.75
+    with pytest.raises(ValueError, match=r"warmup_ratio 0\.5 and decay_ratio 0\.6 are more than all steps"):
+        TrainSettings(schedule="wsd", warmup_ratio=0.5, decay_ratio=0.6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "inverse_sqrt", "wsd"])
+def test_a_share_of_the_time_budget_counts_as_that_share_of_the_steps_if_it_is_more(schedule):
+    settings = TrainSettings(schedule=schedule, warmup_ratio=0.1, time_budget=2.0)
+    by_steps = [learning_rate(settings, step, 100) for step in range(100)]
+    assert [learning_rate(settings, 0, 100, seconds=1.2 * step) for step in range(100)] == pytest.approx(by_steps)
+    assert learning_rate(settings, 60, 100, seconds=48.0) == by_steps[60]
+    assert learning_rate(settings.model_copy(update={"time_budget": None}), 5, 100, seconds=60.0) == by_steps[5]
+    if schedule != "inverse_sqrt":
+        assert learning_rate(settings, 3, 100, seconds=150.0) == 0.0
+
+
+def test_between_two_steps_of_the_warm_up_the_peak_is_not_passed():
+    settings = TrainSettings(lr=1.0, warmup_ratio=0.1, time_budget=1.0)
+    assert learning_rate(settings, 0, 100, seconds=60 * 0.095) == 1.0
