@@ -23,6 +23,11 @@ class ObjectiveSettings(Settings):
     head: ClassVar[Literal["mlm", "causal", "none"]] = "mlm"
     """What that model has on its body: `mlm`, `causal`, or `none`."""
 
+    @property
+    def needs_words(self) -> bool:
+        """Whether batches must say which tokens are one word."""
+        return False
+
 
 class MaskingSettings(ObjectiveSettings):
     """Which tokens are hidden, and what stands in their place."""
@@ -33,6 +38,10 @@ class MaskingSettings(ObjectiveSettings):
     mask_token_rate: float = setting(0.8, "Share of those replaced by the mask token.", ge=0, le=1)
     random_token_rate: float = setting(0.1, "Share of those replaced by a random token; the rest stay.", ge=0, le=1)
     whole_word: bool = setting(False, "Hide whole words: all tokens of a word, or none.")
+
+    @property
+    def needs_words(self) -> bool:
+        return self.whole_word
 
 
 class MlmSettings(MaskingSettings):

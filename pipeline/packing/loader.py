@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.corpus.store import Store, tokens_at
 from pipeline.errors import UserError
 from pipeline.packing.order import Order, share
 from pipeline.packing.plan import SPECIALS, Plan
 from pipeline.packing.segments import Ints
+from pipeline.packing.word_spans import WordSpans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,6 +30,7 @@ class Loader:
     special ones (a decoder's: one padding token), and have segment number -1.
     document_mask: whether batches say which document each token is from, for attention that stays inside documents.
     places: whether they say where in its document each token stands.
+    words: whether they say which tokens are one word. rare: sorted uint64 hashes of words, whose tokens are marked too; see `WordSpans`.
     ranks_per_group: ranks, following one another, that hold equal parts of each group; its rows on one of them are the `unit`.
     Raises UserError when the plan is empty, damaged or made with another store or tokenizer, or the batch is not whole groups.
     """
@@ -42,6 +45,8 @@ class Loader:
         document_mask: bool = False,
         places: bool = False,
         ranks_per_group: int = 1,
+        words: bool = False,
+        rare: NDArray[np.uint64] | None = None,
     ):
         plan.check(store, tokenizer)
         if len(plan.groups) == 0:
@@ -54,7 +59,11 @@ class Loader:
         self.unit = plan.group_size // ranks_per_group
         self.groups_per_batch = batch_size // plan.group_size
         self.steps_per_epoch = len(plan.groups) / self.groups_per_batch
-        self.fingerprint = hashlib.sha256(f"{plan.fingerprint} {batch_size} {seed} {document_mask}".encode()).hexdigest()
+        identity = f"{plan.fingerprint} {batch_size} {seed} {document_mask}"
+        if rare is not None:
+            identity += f" {hashlib.sha256(rare.tobytes()).hexdigest()}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self._words = WordSpans(tokenizer, rare) if words or rare is not None else None
         self._order = Order(len(plan.groups), seed)
         self._specials = np.array([getattr(tokenizer, f"{role}_token_id") for role in SPECIALS[plan.kind]], dtype=np.int64)
         self._pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
@@ -84,8 +93,8 @@ class Loader:
 
         With the document mask also `document_ids` [B, L]: 0 for the tokens of the row's first piece of a document, 1 for those of the
         next, -1 for padding. [cls] belongs to the first, [sep] to the last. With places, `document` [B, L], the document's number in the store,
-        and `offset` [B, L], its tokens before this one; -1 for special tokens and padding.
-        Raises UserError when the plan points beyond the store.
+        and `offset` [B, L], its tokens before this one; -1 for special tokens and padding. With words also what `WordSpans` gives.
+        Raises UserError when the plan points beyond the store, or with words when the store holds tokens that the tokenizer does not have.
         """
         segment = np.ascontiguousarray(segment)
         optional = (["document_ids"] if self.document_mask else []) + (["document", "offset"] if self.places else [])
@@ -99,6 +108,8 @@ class Loader:
         )
         if wrong >= 0:
             raise UserError(f"{plan.directory / 'pieces.npy'}: segment {wrong} is not in the token store; remove its directory and run pack again")
+        if self._words is not None:
+            rows |= self._words(segment, plan, store, len(self._specials) // 2)
         return {**rows, "segment": segment}
 
 

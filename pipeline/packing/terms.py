@@ -79,7 +79,7 @@ def _blocks(pieces: Ints, offsets: Ints) -> Iterator[tuple[int, int]]:
     return zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
 
 
-def _special(tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> NDArray[np.bool_]:
+def special_tokens(tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> NDArray[np.bool_]:
     special = np.zeros(vocabulary, dtype=bool)
     special[[*tokenizer.all_special_ids, *(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)]] = True
     return special
@@ -88,7 +88,7 @@ def _special(tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> NDArray[np.
 class _TokenNumbers:
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.vocabulary = max(tokenizer.get_vocab().values()) + 1
-        self._special = _special(tokenizer, self.vocabulary)
+        self._special = special_tokens(tokenizer, self.vocabulary)
 
     def __call__(self, tokens: NDArray[np.integer], starts: Ints, offsets: Ints) -> tuple[NDArray[np.int32], Ints]:
         kept = ~self._special[tokens]
@@ -97,23 +97,40 @@ class _TokenNumbers:
 
 
 class _WordNumbers:
-    """The vocabulary as steps, and the words seen so far: a table of (hash, number), a power of two of slots, hash 0 where empty."""
-
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self._letters = _letters()
-        letters = self._letters.tolist()
-        steps = [_steps(piece, letters) for piece in _texts(tokenizer)]
-        self.vocabulary = len(steps)
-        self._first = np.cumsum([0, *map(len, steps)], dtype=np.int32)
-        self._steps = np.array([step for piece in steps for step in piece] or [_BREAK], dtype=np.uint64)
-        self._table, self._count = np.zeros((1 << 12, 2), dtype=np.uint64), 0
+        self._spelling = Spelling.of(tokenizer)
+        self.vocabulary = self._spelling.vocabulary
+        self._table, self._count = empty_table(), 0
 
     def __call__(self, tokens: NDArray[np.integer], starts: Ints, offsets: Ints) -> tuple[NDArray[np.int32], Ints]:
-        found = np.empty(int(np.diff(self._first)[tokens].sum()), dtype=np.uint64)  # a word takes a step at least
+        found = np.empty(int(np.diff(self._spelling.first)[tokens].sum()), dtype=np.uint64)  # a word takes a step at least
         lengths = np.empty(len(offsets) - 1, dtype=np.int64)
-        total = _hash_words(tokens, starts, offsets, self._first, self._steps, self._letters, found, lengths)
-        numbers, self._table, self._count = _number(found[:total], self._table, self._count)
+        total = _hash_rows(tokens, starts, offsets, *self._spelling, found, lengths)
+        numbers, self._table, self._count = number(found[:total], self._table, self._count)
         return numbers, lengths
+
+
+class Spelling(NamedTuple):
+    """The vocabulary as steps: those of token v are steps[first[v] : first[v + 1]].
+
+    first: int32 [V + 1]. steps: uint64 [S, 2], see `_steps`. letters: uint64 by code point, see `_letters`.
+    """
+
+    first: NDArray[np.int32]
+    steps: NDArray[np.uint64]
+    letters: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> Spelling:
+        letters = _letters().tolist()
+        steps = [_steps(piece, letters) for piece in _texts(tokenizer)]
+        first = np.cumsum([0, *map(len, steps)], dtype=np.int32)
+        return cls(first, np.array([step for piece in steps for step in piece] or [_BREAK], dtype=np.uint64), _letters())
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids there are."""
+        return len(self.first) - 1
 
 
 @cache
@@ -128,7 +145,7 @@ def _texts(tokenizer: PreTrainedTokenizerFast) -> list[str | bytes]:
     after = decoder.decode(["a", "a"])[1:] if decoder else ""
     vocabulary = tokenizer.get_vocab()
     found: list[str | bytes] = [" "] * (max(vocabulary.values()) + 1)
-    special = _special(tokenizer, len(found))
+    special = special_tokens(tokenizer, len(found))
     for piece, number in vocabulary.items():
         if special[number]:
             continue
@@ -176,56 +193,80 @@ def _steps(piece: str | bytes, letters: list[int]) -> list[tuple[int, int]]:
 
 
 @numba.njit(cache=True, nogil=True)
-def _hash_words(tokens, starts, offsets, first, steps, letters, found, lengths):  # type: ignore[no-untyped-def]
-    """Fills `found` with the words' hashes, row after row, and `lengths`; -> words found.
-
-    value: the hash of the word so far, 0 outside of words; need, code: bytes and code point of an unfinished character.
-    """
-    base, nothing = np.uint64(_BASE), np.uint64(0)
+def _hash_rows(tokens, starts, offsets, first, steps, letters, found, lengths):  # type: ignore[no-untyped-def]
+    """Fills `found` with the words' hashes, row after row, and `lengths`; -> words found."""
     total = 0
+    spans = np.empty((len(found), 2), dtype=np.int64)
     for row in range(len(lengths)):
         before = total
         for piece in range(offsets[row], offsets[row + 1]):
-            value, code, need = nothing, 0, 0
-            for at in range(starts[piece], starts[piece + 1]):
-                token = tokens[at]
-                for step in range(first[token], first[token + 1]):
-                    multiplier, addend = steps[step, 0], steps[step, 1]
-                    if multiplier != nothing and need == 0:
-                        value = value * multiplier + addend
-                        continue
-                    byte = np.int64(addend) if multiplier == nothing else 0
-                    if need > 0 and 128 <= byte < 192:
-                        need -= 1
-                        code = code << 6 | byte & 63
-                        if need > 0:
-                            continue
-                        if code < len(letters) and letters[code] != nothing:
-                            value = value * base + letters[code]
-                            continue
-                        byte = 0
-                    if byte < 192 or need > 0:  # a break, or a character left unfinished
-                        if value != nothing:
-                            found[total] = value
-                            total += 1
-                        value = addend if multiplier != nothing else nothing
-                        need = 0
-                    if byte >= 192:
-                        need = 1 if byte < 224 else 2 if byte < 240 else 3
-                        code = byte & (63 >> need)
-            if value != nothing:
-                found[total] = value
-                total += 1
+            total += hash_words(tokens[starts[piece] : starts[piece + 1]], first, steps, letters, found[total:], spans)
         lengths[row] = total - before
     return total
 
 
 @numba.njit(cache=True, nogil=True)
-def _number(hashes, table, count):  # type: ignore[no-untyped-def]
-    """int32 numbers of the hashes, new ones in turn; the table with them, at most half full; how many it holds."""
+def hash_words(tokens, first, steps, letters, found, spans):  # type: ignore[no-untyped-def]
+    """For compiled code: the words of these tokens, in order -> how many.
+
+    Fills `found` with their hashes, and `spans` [., 2] with the first and the last token that has a part of each: written as a word goes on,
+    which is three times as quick as at its end. Both need room for as many words as the tokens have steps.
+    value: the hash of the word so far, 0 outside of words. need, code, lead: of an unfinished character the bytes it lacks, its code point so
+    far, the token it begins in.
+    """
+    base, nothing = np.uint64(_BASE), np.uint64(0)
+    total, value, code, need, lead = 0, nothing, 0, 0, 0
+    for at in range(len(tokens)):
+        token = tokens[at]
+        for step in range(first[token], first[token + 1]):
+            multiplier, addend = steps[step, 0], steps[step, 1]
+            if multiplier != nothing and need == 0:
+                if value == nothing:
+                    spans[total, 0] = at
+                spans[total, 1] = at
+                value = value * multiplier + addend
+                continue
+            byte = np.int64(addend) if multiplier == nothing else 0
+            if need > 0 and 128 <= byte < 192:
+                need -= 1
+                code = code << 6 | byte & 63
+                if need > 0:
+                    continue
+                if code < len(letters) and letters[code] != nothing:
+                    if value == nothing:
+                        spans[total, 0] = lead
+                    spans[total, 1] = at
+                    value = value * base + letters[code]
+                    continue
+                byte = 0
+            if byte < 192 or need > 0:  # a break, or a character left unfinished
+                if value != nothing:
+                    found[total] = value
+                    total += 1
+                value, need = nothing, 0
+                if multiplier != nothing:
+                    value, spans[total, 0], spans[total, 1] = addend, at, at
+            if byte >= 192:
+                need = 1 if byte < 224 else 2 if byte < 240 else 3
+                code, lead = byte & (63 >> need), at
+    if value != nothing:
+        found[total] = value
+        total += 1
+    return total
+
+
+def empty_table() -> NDArray[np.uint64]:
+    """For `number`: (hash, number) a slot, a power of two of slots, hash 0 where empty."""
+    return np.zeros((1 << 12, 2), dtype=np.uint64)
+
+
+@numba.njit(cache=True, nogil=True)
+def number(hashes, table, count):  # type: ignore[no-untyped-def]
+    """int32 numbers of the hashes, new ones in turn after the `count` that the table holds; the table with them, at most half full; how many
+    it holds now."""
     numbers = np.empty(len(hashes), dtype=np.int32)
     for at in range(len(hashes)):
-        slot = _slot(hashes[at], table)
+        slot = slot_of(hashes[at], table)
         if table[slot, 0] == np.uint64(0):
             table[slot, 0], table[slot, 1] = hashes[at], count
             count += 1
@@ -234,14 +275,14 @@ def _number(hashes, table, count):  # type: ignore[no-untyped-def]
             larger = np.zeros((2 * len(table), 2), dtype=np.uint64)
             for old in range(len(table)):
                 if table[old, 0] != np.uint64(0):
-                    larger[_slot(table[old, 0], larger)] = table[old]
+                    larger[slot_of(table[old, 0], larger)] = table[old]
             table = larger
     return numbers, table, count
 
 
 @numba.njit(cache=True, nogil=True)
-def _slot(value, table):  # type: ignore[no-untyped-def]
-    """Where a hash is, or should be: linear probing."""
+def slot_of(value, table):  # type: ignore[no-untyped-def]
+    """For compiled code: where a hash is, or should be, by linear probing."""
     last = np.uint64(len(table) - 1)
     mixed = value * _SLOT
     slot = (mixed ^ mixed >> np.uint64(32)) & last

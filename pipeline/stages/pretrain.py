@@ -27,9 +27,9 @@ def run(work: Work) -> dict[str, Any]:
     tokenizer = tokenizers.load(work.input("tokenize") / "tokenizer")
     plan = Plan.open(work.input("pack") / "train")
     store = Store.open(work.input("tokenize") / "train")
-    together = {"ranks_per_group": settings.ranks_per_group}
-    places = settings.objective.needs_places
-    batches = Loader(plan, store, tokenizer, settings.batch_size, recipe.seed, document_mask=settings.document_mask, places=places, **together)
+    together: dict[str, Any] = {"ranks_per_group": settings.ranks_per_group}
+    channels = {"document_mask": settings.document_mask, "places": settings.objective.needs_places, "words": settings.objective.needs_words}
+    batches = Loader(plan, store, tokenizer, settings.batch_size, recipe.seed, **channels, **together)
 
     torch.manual_seed(recipe.seed)  # every rank starts from the same weights
     model = starting_model(recipe, tokenizer, plan.length)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from pipeline.corpus import tokenizer as tokenizers
+from pipeline.corpus.settings import Specification
 from pipeline.corpus.store import Store, Writer
+
+SENTENCE = "The model reads a long text and learns which word (e.g. Doge's, MODELS, x_1) comes next: 1,000 words, while don't end-of-line."
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +39,61 @@ def make_tokenizer():
         return SimpleNamespace(**{f"{role}_token_id": number for role, number in roles.items()}, get_vocab=lambda: vocab)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def store_of(tmp_path_factory):
+    """A token store of these documents."""
+
+    def make(documents):
+        directory = tmp_path_factory.mktemp("store")
+        with Writer(directory / "00000", np.uint16) as writer:
+            for document in documents:
+                writer.add(document)
+        return Store.open(directory)
+
+    return make
+
+
+def by_library(kind, texts):
+    """GPT-2's and BERT's kinds of tokenizer, as the `tokenizers` library trains them."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
+    if kind == "byte-level":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        backend.train_from_iterator(
+            texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        )
+    else:
+        backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece(cleanup=False)
+        backend.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<mask>",
+        split_special_tokens=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tokenizer of each kind, by its name."""
+    draw = random.Random(3)
+    texts = [" ".join(draw.choices(SENTENCE.split(), k=40)) + f" größer É 日本 {number}" for number in range(300)]
+    root = tmp_path_factory.mktemp("tokenizers")
+    found = {kind: by_library(kind, texts) for kind in ("byte-level", "wordpiece")}
+    for kind in ("unigram", "bpe", "bytes", "words"):
+        tokenizers.train(Specification(kind=kind, vocab_size=420), texts, root / kind)
+        found[kind] = tokenizers.load(root / kind)
+    return found

@@ -111,6 +111,24 @@ def test_places_say_where_in_its_document_each_token_stands(loader, make_tokeniz
     assert rows["document_ids"].tolist() == [[0, 0, 1, 1, 1, 2, 2, 2, 2, 2]]
 
 
+def test_words_and_notes_are_added_and_change_nothing_else(trained, store_of, tmp_path):
+    tokenizer = trained["unigram"]
+    store = store_of([[*tokenizer(text, add_special_tokens=False)["input_ids"], 3] for text in ("a long text and a word", "the word comes next")])
+    plan = make(tmp_path, ACROSS, "encoder", store, tokenizer)
+    plain, words, noted, other = (
+        Loader(plan, store, tokenizer, 3, 5, **options)
+        for options in ({}, {"words": True}, {"rare": np.array([7], np.uint64)}, {"rare": np.array([8], np.uint64)})
+    )
+    rows = noted.batch(1)
+    assert set(words.batch(1)) - set(plain.batch(1)) == {"word"}
+    assert set(rows) - set(words.batch(1)) == {"note", "occurrences"}
+    assert all((rows[name] == values).all() for name, values in words.batch(1).items())
+    assert all((rows[name] == values).all() for name, values in plain.batch(1).items())
+    assert (rows["word"] >= 0).sum() == ((rows["attention_mask"] == 1) & (rows["input_ids"] >= 5)).sum()
+    assert plain.fingerprint == words.fingerprint, "rows are the same"
+    assert len({each.fingerprint for each in (plain, noted, other)}) == 3, "a note's number means a word"
+
+
 QUADS = PackSettings(length=10, segments="within", min_tokens=2, groups="consecutive", group_size=4)
 
 

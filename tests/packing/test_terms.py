@@ -11,69 +11,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.corpus import tokenizer as tokenizers
-from pipeline.corpus.settings import Specification
-from pipeline.corpus.store import Store, Writer
 from pipeline.errors import UserError
 from pipeline.packing import segments, terms
 
 KINDS = ["unigram", "bpe", "bytes", "words", "byte-level", "wordpiece"]
 END = 3
-SENTENCE = "The model reads a long text and learns which word (e.g. Doge's, MODELS, x_1) comes next: 1,000 words, while don't end-of-line."
 PIECES = ["the ", "The", "MODEL", " don't", "_", "1,000", "e.g.", "\n", "é", "É", "größer", "日本", "😀", "e\u0301", "\u0130", "Σ", " ", "<s>", "x"]
 TEXT = st.one_of(
     st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\u2581\ufffd")), st.lists(st.sampled_from(PIECES)).map("".join)
 )
-
-
-def by_library(kind, texts):
-    """GPT-2's and BERT's kinds of tokenizer, as the `tokenizers` library trains them."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
-    if kind == "byte-level":
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        backend.train_from_iterator(
-            texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-        )
-    else:
-        backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        backend.normalizer = normalizers.BertNormalizer(lowercase=False)
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece(cleanup=False)
-        backend.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        mask_token="<mask>",
-        split_special_tokens=True,
-    )
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    draw = random.Random(3)
-    texts = [" ".join(draw.choices(SENTENCE.split(), k=40)) + f" größer É 日本 {number}" for number in range(300)]
-    root = tmp_path_factory.mktemp("tokenizers")
-    found = {kind: by_library(kind, texts) for kind in ("byte-level", "wordpiece")}
-    for kind in ("unigram", "bpe", "bytes", "words"):
-        tokenizers.train(Specification(kind=kind, vocab_size=420), texts, root / kind)
-        found[kind] = tokenizers.load(root / kind)
-    return found
-
-
-def store_of(directory, documents):
-    with Writer(directory / "00000", np.uint16) as writer:
-        for document in documents:
-            writer.add(document)
-    return Store.open(directory)
 
 
 def listed(rows):
@@ -97,10 +43,10 @@ def same_partition(numbers, spelt):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(TEXT, min_size=1, max_size=6))
 @example(texts=["Apple apple aPPle", "(e.g.) don't 1,000 x_y", "ÉÉ éé größer 日本x", "\U0001f600a\U0001d400b", "the model"])
-def test_words_are_those_of_the_decoded_text_however_they_are_cut_into_pieces(trained, kind, texts, tmp_path_factory):
+def test_words_are_those_of_the_decoded_text_however_they_are_cut_into_pieces(trained, kind, texts, store_of):
     tokenizer = trained[kind]
     documents = [[*tokenizer(text, add_special_tokens=False)["input_ids"], END] for text in texts]
-    store = store_of(tmp_path_factory.mktemp("store"), documents)
+    store = store_of(documents)
     cut = segments.across(store.lengths, int(store.lengths.sum()))  # one row of all documents
     alone = segments.within(store.lengths, int(store.lengths.max()), 1)  # a row each
     spelt = [decoded_words(tokenizer, ids) for ids in documents]
@@ -110,20 +56,20 @@ def test_words_are_those_of_the_decoded_text_however_they_are_cut_into_pieces(tr
     assert together == [[number for row in rows for number in row]]
 
 
-def test_a_word_is_the_same_in_capitals_cut_otherwise_and_as_bytes(trained, tmp_path):
+def test_a_word_is_the_same_in_capitals_cut_otherwise_and_as_bytes(trained, store_of):
     tokenizer = trained["bpe"]
     spell = tokenizer.get_vocab()
     as_bytes = [spell[f"<0x{byte:02X}>"] for byte in "großer".encode()]
     whole = tokenizer("großer GROßER Großer", add_special_tokens=False)["input_ids"]
-    store = store_of(tmp_path, [as_bytes, whole])
+    store = store_of([as_bytes, whole])
     cut = segments.within(store.lengths, 100, 1)
     assert listed(terms.rows(cut.pieces, cut.offsets, store, tokenizer, "words")) == [[0], [0, 0, 0]]
 
 
-def test_special_tokens_and_piece_ends_part_words_and_an_unfinished_character_is_none(trained, tmp_path):
+def test_special_tokens_and_piece_ends_part_words_and_an_unfinished_character_is_none(trained, store_of):
     tokenizer = trained["bytes"]
     a, b, lead = (5 + byte for byte in (ord("a"), ord("b"), 0xC3))
-    store = store_of(tmp_path, [[a, b, 4, a, b], [a, lead, b], [a, b]])
+    store = store_of([[a, b, 4, a, b], [a, lead, b], [a, b]])
     within = segments.within(store.lengths, 100, 1)
     assert listed(terms.rows(within.pieces, within.offsets, store, tokenizer, "words")) == [[0, 0], [1, 2], [0]]
     # a row of two pieces, "b" and "ab": the word does not run over from one to the other
@@ -131,17 +77,17 @@ def test_special_tokens_and_piece_ends_part_words_and_an_unfinished_character_is
     assert listed(terms.rows(pieces, np.array([0, 2]), store, tokenizer, "words")) == [[0, 1]]
 
 
-def test_tokens_are_ids_without_special_ones(trained, tmp_path):
-    store = store_of(tmp_path, [[2, 10, 11, 4, 12, 3], [110, 0, 111, 3]])
+def test_tokens_are_ids_without_special_ones(trained, store_of):
+    store = store_of([[2, 10, 11, 4, 12, 3], [110, 0, 111, 3]])
     cut = segments.across(store.lengths, 8)
     assert listed(terms.rows(cut.pieces, cut.offsets, store, trained["bytes"], "tokens")) == [[10, 11, 12, 110], [111]]
 
 
-def test_many_blocks_give_what_one_gives(trained, tmp_path, monkeypatch):
+def test_many_blocks_give_what_one_gives(trained, store_of, monkeypatch):
     tokenizer = trained["unigram"]
     draw = random.Random(5)
     documents = [tokenizer(" ".join(f"w{draw.randrange(400)}" for _ in range(50)), add_special_tokens=False)["input_ids"] + [END] for _ in range(40)]
-    store = store_of(tmp_path, documents)
+    store = store_of(documents)
     cut = segments.across(store.lengths, 33)
     for kind in ("words", "tokens"):
         whole = terms.rows(cut.pieces, cut.offsets, store, tokenizer, kind)
