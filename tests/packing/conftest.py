@@ -55,6 +55,19 @@ def store_of(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def hash_of():
+    """A word's hash, written out."""
+
+    def polynomial(word):
+        value = 0
+        for letter in word:
+            value = (value * 0x9E3779B97F4A7C15 + ord(letter)) % 2**64
+        return value
+
+    return polynomial
+
+
 def by_library(kind, texts):
     """GPT-2's and BERT's kinds of tokenizer, as the `tokenizers` library trains them."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers

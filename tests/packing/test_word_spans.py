@@ -17,13 +17,6 @@ END = 3
 TEXTS = ["a", "aa aa", "日本日 aé-éa", "The Dogecoin DOGECOIN dogecoin,coin", "größer É日本 x_1 don't", "U.S. 1,000 \U0001f600a\U0001d400b", ""]
 
 
-def hash_of(word):
-    value = 0
-    for letter in word:
-        value = (value * terms._BASE + ord(letter)) % 2**64
-    return value
-
-
 def words_of(tokenizer, ids):
     """The words of a document: text, and the set of the tokens (places) that have a part of it."""
     texts = [text if isinstance(text, bytes) else text.encode() for text in terms._texts(tokenizer)]
@@ -74,7 +67,7 @@ def expected(tokenizer, documents, pieces, length, numbers):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.sampled_from(TEXTS), min_size=1, max_size=5), length=st.integers(3, 14), half=st.booleans())
 @example(texts=TEXTS, length=6, half=False)
-def test_words_and_notes_of_rows_are_those_of_the_documents_wherever_rows_cut_them(trained, kind, texts, length, half, store_of):
+def test_words_and_notes_of_rows_are_those_of_the_documents_wherever_rows_cut_them(trained, kind, texts, length, half, store_of, hash_of):
     tokenizer = trained[kind]
     documents = [[*tokenizer(text, add_special_tokens=False)["input_ids"], END] for text in texts]
     store = store_of(documents)
@@ -93,7 +86,7 @@ def test_words_and_notes_of_rows_are_those_of_the_documents_wherever_rows_cut_th
     assert (WordSpans(tokenizer)(segment, plan, store, 1)["word"] == rows["word"]).all()
 
 
-def test_a_word_cut_by_the_rows_edge_is_a_unit_without_a_note(trained, store_of):
+def test_a_word_cut_by_the_rows_edge_is_a_unit_without_a_note(trained, store_of, hash_of):
     tokenizer = trained["bytes"]
     store = store_of([[5 + byte for byte in b"ab cde,"]])
     plan = SimpleNamespace(segments=np.array([0, 1, 2]), pieces=np.array([[0, 0, 5], [0, 5, 2]]), length=7)
