@@ -180,7 +180,8 @@ class Trime(Causal, ABC):
             past = entries < mine
             if inside_documents:
                 past = past & (here["document"] == there["document"])
-            return self.sees(past, entries // length == mine // length, here, there) & (there["labels"] != -100)
+            same_segment = (entries[::length] // length == mine // length).repeat_interleave(length, -1)[:, : len(entries)]
+            return self.sees(past, same_segment, here, there) & (there["labels"] != -100)
 
         return visible
 
@@ -224,5 +225,5 @@ class TrimeExternal(Trime):
 
     def sees(self, past: Tensor, same_segment: Tensor, query: Batch, key: Batch) -> Tensor:
         later = (key["document"] == query["document"]) & (key["offset"] >= query["offset"])
-        own = past & same_segment & query["local_kept"] if self.training else past & same_segment
+        own = past & same_segment & key["local_kept"] if self.training else past & same_segment
         return (~same_segment & ~later) | own

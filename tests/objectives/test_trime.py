@@ -138,9 +138,10 @@ def test_gradients_of_hidden_states_and_output_embedding_in_chunks():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("entries", [15, 0])
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_a_row_that_sees_no_memory_has_exactly_the_cross_entropy(chunk):
-    inputs = example(dtype=torch.float32)
+def test_a_row_that_sees_no_memory_has_exactly_the_cross_entropy(chunk, entries):
+    inputs = example(m=entries, dtype=torch.float32)
     inputs["visible"][3:7] = False
     loss = trime_loss(**inputs, chunk=chunk)
     logits, targets = inputs["vocab_logits"], inputs["targets"]
