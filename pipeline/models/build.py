@@ -94,6 +94,7 @@ def new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, head: Head 
         activation_dropout=settings.activation_dropout,
         final_norm=settings.final_norm,
         scale_embeddings=settings.scale_embeddings,
+        unpadded=settings.unpadded,
         adaptive=adaptive.model_dump(mode="json") if adaptive is not None else None,
         max_position_embeddings=settings.max_length,
         initializer_range=settings.init_std,

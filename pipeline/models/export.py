@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models import adaptive, bert, modeling_trimline, positions
+from pipeline.models import adaptive, attention, bert, modeling_trimline, positions
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlinePreTrainedModel
 from pipeline.models.quiet import quiet
 
@@ -47,7 +47,7 @@ def save(
 
 
 def _add_code(config: TrimlineConfig, directory: Path) -> None:
-    for module in (modeling_trimline, positions, adaptive):
+    for module in (modeling_trimline, attention, positions, adaptive):
         assert module.__file__ is not None
         shutil.copyfile(module.__file__, directory / Path(module.__file__).name)
     config = copy.deepcopy(config)

@@ -1,6 +1,6 @@
 """The transformer: BERT's encoder (Devlin et al. 2019) or a causal decoder, with layers of any width and masks on its units.
 
-This file, `positions.py` and `adaptive.py` are copied into exported model directories and run there without Trimline, so they
+This file, `attention.py`, `positions.py` and `adaptive.py` are copied into exported model directories and run there without Trimline, so they
 import nothing but torch, transformers and each other.
 """
 
@@ -19,7 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .adaptive import AdaptiveEmbedding, AdaptiveHead
-from .positions import SCHEMES, Positions, positions_within, rotate
+from .attention import Attention, Packing
+from .positions import SCHEMES, Positions, positions_within
 
 Masks = dict[str, Tensor]
 """`heads` [layers, heads] multiplies each head's context, `neurons` [layers, ffn] each neuron's output (CoFi: z_head, z_int).
@@ -40,7 +41,8 @@ class TrimlineConfig(PretrainedConfig):
     positions: name of a scheme in `positions.SCHEMES`; untie_cls: see `UntiedPositions` there. type_vocab_size: token types (BERT's segments A
     and B), 0 for none.
     attention_dropout: None means `dropout`. final_norm: whether a pre-norm stack ends in a LayerNorm. scale_embeddings: token embeddings
-    times sqrt(d). adaptive: a decoder's `cutoffs`, `factor`, `tie_projections`, `dropout` of `adaptive.py`; None for one table.
+    times sqrt(d). unpadded: whether all but attention runs on real tokens alone.
+    adaptive: a decoder's `cutoffs`, `factor`, `tie_projections`, `dropout` of `adaptive.py`; None for one table.
     """
 
     model_type = "trimline"
@@ -64,6 +66,7 @@ class TrimlineConfig(PretrainedConfig):
         activation_dropout: float = 0.0,
         final_norm: bool = True,
         scale_embeddings: bool = False,
+        unpadded: bool = False,
         adaptive: dict[str, Any] | None = None,
         max_position_embeddings: int = 512,
         layer_norm_eps: float = 1e-12,
@@ -94,6 +97,7 @@ class TrimlineConfig(PretrainedConfig):
         self.activation_dropout = activation_dropout
         self.final_norm = final_norm
         self.scale_embeddings = scale_embeddings
+        self.unpadded = unpadded
         self.adaptive = adaptive
         self.max_position_embeddings = max_position_embeddings
         self.layer_norm_eps = layer_norm_eps
@@ -137,37 +141,6 @@ class TrimlineSpanOutput(ModelOutput):
     memory_states: Tensor | None = None
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention of `heads` heads of fixed width; kept: which of those that positions know, None for the first."""
-
-    def __init__(self, config: TrimlineConfig, heads: int, kept: list[int] | None):
-        super().__init__()
-        width = heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.kept = kept or list(range(heads))
-        self.scale = 1 / math.sqrt(SCHEMES[config.positions].terms * config.head_dim)
-        self.causal = config.kind == "decoder"
-        self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
-        self.query = nn.Linear(config.hidden_size, width)
-        self.key = nn.Linear(config.hidden_size, width)
-        self.value = nn.Linear(config.hidden_size, width)
-        self.output = nn.Linear(width, config.hidden_size)
-
-    def forward(self, x: Tensor, bias: Tensor | None, rotation: Tensor | None, head_mask: Tensor | None) -> Tensor:
-        """x [B, L, d]; bias: boolean, true where a query may look, or added to the scores, broadcast to [B, heads, L, L]; head_mask [heads]."""
-        query, key, value = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.query, self.key, self.value))
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        if bias is not None and bias.is_floating_point():
-            bias = (bias if bias.shape[1] == len(self.kept) else bias[:, self.kept]).to(query.dtype)
-        dropout = self.dropout if self.training else 0.0
-        causal = self.causal and bias is None
-        context = F.scaled_dot_product_attention(query, key, value, bias, dropout, is_causal=causal, scale=self.scale)
-        if head_mask is not None:
-            context = (context * head_mask[:, None, None]).to(x.dtype)
-        return self.output(context.transpose(1, 2).flatten(2))
-
-
 class FeedForward(nn.Module):
     def __init__(self, config: TrimlineConfig, neurons: int):
         super().__init__()
@@ -199,12 +172,18 @@ class Block(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, bias: Tensor | None, rotation: Tensor | None, head_mask: Tensor | None, neuron_mask: Tensor | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        rotation: Tensor | None,
+        packing: Packing | None,
+        head_mask: Tensor | None,
+        neuron_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the block's output and the input of its feed-forward sub-layer, both [B, L, d]; None where there is no such sub-layer."""
+        """Returns the block's output and the input of its feed-forward sub-layer, both as x; None where there is no such sub-layer."""
         if self.attention is not None:
             inner = self.attention_norm(x) if self.pre else x
-            x = self._join(x, self.attention(inner, bias, rotation, head_mask), self.attention_norm, head_mask)
+            x = self._join(x, self.attention(inner, mask, rotation, packing, head_mask), self.attention_norm, head_mask)
         if self.feed_forward is None:
             return x, None
         inner = self.feed_forward_norm(x) if self.pre else x
@@ -233,13 +212,17 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "post" else None
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, input_mixer: Mixer | None) -> Tensor:
-        """tokens: int64 [B, L], or their vectors [B, L, d]."""
+    def forward(
+        self, tokens: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, input_mixer: Mixer | None, packing: Packing | None
+    ) -> Tensor:
+        """tokens: int64 [B, L], or their vectors [B, L, d]. Returns [B, L, d], or [T, d] of the packing."""
         x = self.positions.embed((tokens if tokens.is_floating_point() else self.word(tokens)) * self.scale, position_ids)
         if input_mixer is not None:
             x = input_mixer(x)
         if self.types is not None:
             x = x + self.types(tokens.new_zeros(tokens.shape[:2], dtype=torch.int64) if token_type_ids is None else token_type_ids)
+        if packing is not None:
+            x = packing.pack(x)
         return self.dropout(x if self.norm is None else self.norm(x))
 
 
@@ -296,23 +279,28 @@ class TrimlineModel(TrimlinePreTrainedModel):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("give input_ids or inputs_embeds")
-        x = self.embeddings(tokens, token_type_ids, position_ids, input_mixer)
+        packing = self._packing(attention_mask, document_ids) if self.config.unpadded else None
+        x = self.embeddings(tokens, token_type_ids, position_ids, input_mixer, packing)
         positions: Positions = self.embeddings.positions
-        bias = self._bias(positions.bias(tokens, position_ids), self._allowed(attention_mask, document_ids))
+        mask = self._mask(positions.bias(tokens, position_ids), self._allowed(attention_mask, document_ids))
         rotation = positions.rotation(tokens, position_ids)
         states, memory = [x], None
         for layer, block in enumerate(self.layers):
             head_mask, neuron_mask = self._row(masks, "heads", layer), self._row(masks, "neurons", layer)
-            x, feed_forward_input = block(x, bias, rotation, head_mask, neuron_mask)
+            x, feed_forward_input = block(x, mask, rotation, packing, head_mask, neuron_mask)
             memory = memory if feed_forward_input is None else feed_forward_input
             states.append(x)
         if self.norm is not None:
             states[-1] = x = self.norm(x)
+        memory = x if memory is None else memory
+        if packing is not None:
+            x, memory = packing.unpack(x), packing.unpack(memory)
+            states = [packing.unpack(state) for state in states] if output_hidden_states else []
         return TrimlineOutput(
             last_hidden_state=x,
             pooler_output=torch.tanh(self.pooler(x[:, 0])) if self.pooler is not None else None,
             hidden_states=tuple(states) if output_hidden_states else None,
-            memory_states=x if memory is None else memory,
+            memory_states=memory,
         )
 
     def _row(self, masks: Masks, unit: str, layer: int) -> Tensor | None:
@@ -331,7 +319,11 @@ class TrimlineModel(TrimlinePreTrainedModel):
             return None
         return allowed & _past(allowed) if self.config.kind == "decoder" else allowed
 
-    def _bias(self, bias: Tensor | None, allowed: Tensor | None) -> Tensor | None:
+    def _packing(self, attention_mask: Tensor | None, document_ids: Tensor | None) -> Packing | None:
+        real = [known for known in (attention_mask, None if document_ids is None else document_ids >= 0) if known is not None]
+        return Packing.of(torch.stack([known.bool() for known in real]).all(dim=0)) if real else None
+
+    def _mask(self, bias: Tensor | None, allowed: Tensor | None) -> Tensor | None:
         """What attention adds to its scores, or, where that is nothing, the boolean mask.
 
         Hidden keys get the lowest number there is, not minus infinity: a row of padding alone then stays finite.

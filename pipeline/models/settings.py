@@ -55,6 +55,7 @@ class ModelSettings(Settings):
     attention_dropout: float | None = setting(None, "Dropout on attention probabilities; default: as dropout.", ge=0, lt=1)
     activation_dropout: float = setting(0.0, "Dropout on what the activation gives.", ge=0, lt=1)
     scale_embeddings: bool = setting(False, "Token embeddings times the square root of hidden, before positions are added.")
+    unpadded: bool = setting(False, "All but attention runs on real tokens alone: faster where batches hold much padding, the same results.")
     adaptive: AdaptiveSettings | None = setting(None, "Tables that narrow with falling frequency, for very large vocabularies of decoders.")
     max_length: int = setting(512, "Longest input.", unit="tokens", ge=8)
     init_std: float = setting(0.02, "Standard deviation of initial weights.", gt=0)
