@@ -87,6 +87,15 @@ def build(trainee: nn.Module, config: dict[str, Any], settings: TrainSettings) -
     return engine
 
 
+def recompute_activations(trainee: nn.Module) -> None:
+    """Lets every network in the trainee, its model and its objective's own, compute activations again in the backward pass."""
+    for module in trainee.modules():
+        enable = getattr(module, "activation_checkpointing_enable", None)  # the name since transformers 5
+        enable = enable or getattr(module, "gradient_checkpointing_enable", None)
+        if enable is not None:
+            enable()
+
+
 def precision(config: dict[str, Any]) -> str:
     """`bf16` or `fp32`: what the multiplications are done in."""
     half = config.get("bf16", {}).get("enabled") or config.get("torch_autocast", {}).get("enabled")

@@ -113,8 +113,7 @@ class _Loop:
         self.side = _outside(trainee, self.device)
         self.side_optimizer = self.side.optimizer() if self.side is not None else None
         if settings.activation_checkpointing:
-            enable = getattr(trainee.model, "activation_checkpointing_enable", None)  # the name since transformers 5
-            (enable or trainee.model.gradient_checkpointing_enable)()
+            engines.recompute_activations(trainee)
         trainee.train()
         self.engine = engines.build(trainee, config, settings)
 
