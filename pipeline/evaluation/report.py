@@ -92,8 +92,9 @@ def _result_rows(report: Report) -> Rows:
         if held_out["bits_per_byte"] is not None:
             rows.append(_row("bits per byte", models, {"pretrained": f"{held_out['bits_per_byte']:.3f}"}))
     if task:
-        scores = {model: f"{values[task['metric']]:.4f}" for model, values in task["scores"].items()}
-        rows.append(_row(f"{task['metric']} ({task['split']})", models, scores))
+        for metric in next(iter(task["scores"].values())):
+            scores = {model: f"{values[metric]:.4f}" for model, values in task["scores"].items()}
+            rows.append(_row(f"{metric} ({task['split']})", models, scores))
     for key, name in (("parameters", "parameters"), ("encoder_parameters", "of them in attention and feed-forward")):
         rows.append(_row(name, models, {model: f"{counts[key]:,}" for model, counts in models.items() if counts[key] is not None}))
     if latency:

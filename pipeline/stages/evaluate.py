@@ -22,7 +22,7 @@ from pipeline.packing.loader import Loader
 from pipeline.packing.plan import Plan, tokenizer_identity
 from pipeline.recipe import PretrainSettings
 from pipeline.tasks import metrics
-from pipeline.tasks.task import Task
+from pipeline.tasks import task as tasks
 from pipeline.workflow import Work
 
 FINETUNED, PRUNED = "fine-tuned", "pruned"
@@ -53,12 +53,12 @@ def run(work: Work) -> dict[str, Any]:
             print(f"evaluate: the pretrained model with {', '.join(settings.memory)}", flush=True)
             report["memories"] = _memories(work, model, device)
     if recipe.finetune:
-        models = {FINETUNED: _load(work, "finetune")}
+        task = tasks.open(work.input("finetune") / "task.json")
+        models = {FINETUNED: _load(work, "finetune", task.head)}
         if recipe.prune:
-            models[PRUNED] = _load(work, "prune")
+            models[PRUNED] = _load(work, "prune", task.head)
         report["models"] |= {name: _counts(model) for name, model in models.items()}
         tokenizer = tokenizers.load(work.input("finetune") / "model")
-        task = Task.open(work.input("finetune") / "task.json")
         print(f"evaluate: {' and '.join(models)} model on the task", flush=True)
         scores = {name: metrics.evaluate(model, tokenizer, task, "test", settings.batch_size, device) for name, model in models.items()}
         report["task"] = {"split": "test", "metric": task.metric, "scores": scores}
@@ -95,7 +95,7 @@ def _held_out(work: Work, pretrain: PretrainSettings, model: Any, device: torch.
     tokenizer, store = tokenizers.load(work.input("tokenize") / "tokenizer"), Store.open(work.input("tokenize") / "valid")
     of_what = pretrain.objective if pretrain.objective.kind == "encoder" else CausalSettings()
     objective = objectives.build(of_what, tokenizer, recipe.seed)
-    loader = Loader(plan, store, tokenizer, plan.group_size, recipe.seed, document_mask=pretrain.document_mask)
+    loader = Loader(plan, store, tokenizer, plan.group_size, recipe.seed, document_mask=pretrain.document_mask, words=of_what.needs_words)
     found = perplexity.score(model, objective, loader, batch_size=settings.batch_size, max_segments=settings.max_segments, device=device)
     bits = None
     if of_what.kind == "decoder":
@@ -143,8 +143,8 @@ def _memories(work: Work, model: Any, device: torch.device) -> dict[str, Any]:
     return tested.report()
 
 
-def _load(work: Work, stage: str) -> Any:
-    return build.load(work.input(stage) / "model", head="classification", trust_remote_code=work.recipe.model.trust_remote_code)
+def _load(work: Work, stage: str, head: build.Head) -> Any:
+    return build.load(work.input(stage) / "model", head=head, trust_remote_code=work.recipe.model.trust_remote_code)
 
 
 def _counts(model: Any) -> dict[str, int | None]:

@@ -11,28 +11,37 @@ from pipeline.corpus import tokenizer as tokenizers
 from pipeline.models import build, export
 from pipeline.objectives.base import Trainee
 from pipeline.objectives.classify import Classify
+from pipeline.objectives.span import Span
 from pipeline.tasks import metrics
 from pipeline.tasks import task as tasks
 from pipeline.tasks.batches import TaskBatches
+from pipeline.tasks.task import Task
 from pipeline.training.loop import train
 from pipeline.workflow import Work
+
+OBJECTIVES = {"classification": Classify, "qa": Span}
+"""The head of a task -> what is learnt under it."""
 
 
 def run(work: Work) -> dict[str, Any]:
     recipe, settings = work.recipe, work.recipe.finetune
     assert settings is not None
     task = tasks.load(settings.task, recipe.seed)
+    if work.ranks.first:
+        for remark in task.remarks:
+            print(f"finetune: {remark}", flush=True)
     start = work.input("pretrain") / "model" if recipe.pretrain else recipe.model.from_
     assert start is not None
     tokenizer = tokenizers.load(start)
     batches = TaskBatches(task.splits["train"], tokenizer, task, settings.batch_size, recipe.seed)
 
-    torch.manual_seed(recipe.seed)  # every rank draws the same classifier
-    options: dict[str, Any] = {"head": "classification", "trust_remote_code": recipe.model.trust_remote_code}
-    model = build.load(start, labels=task.labels, regression=task.regression, **options)
+    torch.manual_seed(recipe.seed)  # every rank draws the same head
+    options: dict[str, Any] = {"head": task.head, "trust_remote_code": recipe.model.trust_remote_code}
+    labels: dict[str, Any] = {"labels": task.labels, "regression": task.regression} if isinstance(task, Task) else {}
+    model = build.load(start, **labels, **options)
     build.check_fits(model, tokenizer, task.max_length)
     summary = train(
-        Trainee(model, Classify()),
+        Trainee(model, OBJECTIVES[task.head]()),
         batches,
         settings,
         steps=math.ceil(settings.epochs * batches.steps_per_epoch),
@@ -50,7 +59,7 @@ def run(work: Work) -> dict[str, Any]:
     scores = metrics.evaluate(saved, tokenizer, task, "dev", settings.micro_batch_size, next(model.parameters()).device)
     return {
         **{f"dev_{name}": round(value, 4) for name, value in scores.items()},
-        "loss_classify": round(summary.losses["classify"], 4),
+        **{f"loss_{name}": round(value, 4) for name, value in summary.losses.items()},
         "steps": summary.steps,
         "tokens_per_second": round(summary.tokens_per_second),
     }

@@ -20,6 +20,7 @@ from pipeline.models.modeling_trimline import TrimlineForSequenceClassification
 from pipeline.objectives.base import Trainee
 from pipeline.recipe import TaskTrainSettings
 from pipeline.tasks import metrics
+from pipeline.tasks import task as tasks
 from pipeline.tasks.batches import TaskBatches
 from pipeline.tasks.task import Task
 from pipeline.training.loop import Summary, train
@@ -38,7 +39,8 @@ def run(work: Work) -> dict[str, Any]:
     assert recipe.finetune is not None
     finetuned = work.input("finetune") / "model"
     tokenizer = tokenizers.load(finetuned)
-    task = Task.open(work.input("finetune") / "task.json")
+    task = tasks.open(work.input("finetune") / "task.json")
+    assert isinstance(task, Task)  # the recipe was checked
 
     def steps_of(training: TaskTrainSettings) -> int:
         return math.ceil(training.epochs * len(task.splits["train"]) / training.batch_size)

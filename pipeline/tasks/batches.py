@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.packing.order import Order, share
-from pipeline.tasks.task import Example, Task
+from pipeline.tasks.task import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,29 +20,24 @@ MULTIPLE = 8
 
 
 class TaskBatches:
-    """Examples in the order of (seed, epoch), `batch_size` a step, without end; ranks take contiguous parts of a global batch.
+    """Rows of a task's examples in the order of (seed, epoch), `batch_size` a step, without end; ranks take contiguous parts of a global batch.
 
-    All are tokenised once, here, in memory. Rows are padded to the longest of the global batch, so that a row does not depend on the
-    number of ranks. Inputs beyond the task's `max_length` are cut, the longer text first.
+    All are tokenised once, here, in memory: `encoded` (a row an example, or a window of a question). Rows are padded to the longest of the
+    global batch, so that a row does not depend on the number of ranks.
     """
 
     unit = 1
 
-    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int, seed: int):
+    def __init__(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, task: AnyTask, batch_size: int, seed: int):
         assert examples
         self.batch_size, self.seed, self.max_length = batch_size, seed, task.max_length
-        self.steps_per_epoch = len(examples) / batch_size
-        pairs = [example.text_pair for example in examples] if examples[0].text_pair is not None else None
-        encoded = tokenizer([example.text for example in examples], pairs, truncation=True, max_length=task.max_length, return_token_type_ids=True)
-        self._tokens: list[list[int]] = encoded["input_ids"]
-        self._types: list[list[int]] | None = encoded["token_type_ids"]
-        if not any(map(any, self._types)):  # all zero is what a model assumes, and one without types may not take them
-            self._types = None
+        self.encoded = task.encode(examples, tokenizer)
+        self.lengths = np.array([len(tokens) for tokens in self.encoded.tokens])
+        self.steps_per_epoch = len(self.lengths) / batch_size
         self._pad = tokenizer.pad_token_id or 0
-        self.labels = np.array([example.label for example in examples], dtype=np.float32 if task.regression else np.int64)
-        self.lengths = np.array([len(tokens) for tokens in self._tokens])
-        self.fingerprint = _digest(batch_size, seed, self._tokens, self.labels.tolist())
-        self._order = Order(len(examples), seed)
+        targets = {name: values.tolist() for name, values in self.encoded.targets.items()}
+        self.fingerprint = _digest(batch_size, seed, self.encoded.tokens, targets)
+        self._order = Order(len(self.lengths), seed)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, np.ndarray]:
         """That rank's rows of global batch `step`: see `rows`.
@@ -57,17 +52,17 @@ class TaskBatches:
 
     def rows(self, numbers: np.ndarray, width: int | None = None) -> dict[str, np.ndarray]:
         """`input_ids`, `attention_mask` and, where the tokenizer tells texts apart by them, `token_type_ids`, int64 [B, L];
-        `labels` int64 [B], or float32 in a regression; `example` int64 [B], the examples' numbers, the counter of draws.
+        what is to be predicted, [B], by the names that `Encoded.targets` has; `example` int64 [B], the rows' numbers, the counter of draws.
 
         L is the longest row's length, or `width`, rounded up.
         """
         longest = int(self.lengths[numbers].max()) if width is None else width
         width = min(-(-longest // MULTIPLE) * MULTIPLE, max(self.max_length, longest))
         inside = np.arange(width) < self.lengths[numbers, None]
-        rows = {"input_ids": self._padded(self._tokens, numbers, inside, self._pad), "attention_mask": inside.astype(np.int64)}
-        if self._types is not None:
-            rows["token_type_ids"] = self._padded(self._types, numbers, inside, 0)
-        return {**rows, "labels": self.labels[numbers], "example": numbers}
+        rows = {"input_ids": self._padded(self.encoded.tokens, numbers, inside, self._pad), "attention_mask": inside.astype(np.int64)}
+        if self.encoded.types is not None:
+            rows["token_type_ids"] = self._padded(self.encoded.types, numbers, inside, 0)
+        return {**rows, **{name: values[numbers] for name, values in self.encoded.targets.items()}, "example": numbers}
 
     def _padded(self, values: list[list[int]], numbers: np.ndarray, inside: np.ndarray, padding: int) -> np.ndarray:
         padded = np.full(inside.shape, padding, dtype=np.int64)

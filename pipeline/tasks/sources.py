@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline import artifacts
 from pipeline.corpus import sources
+from pipeline.tasks import glue
 from pipeline.tasks.settings import TaskSettings
 
 
@@ -17,5 +19,12 @@ def identity(settings: TaskSettings) -> dict[str, Any]:
     """
     if settings.embedded:
         return {"embedded": sources.embedded_versions()}
-    splits = {"train": settings.train, "dev": settings.dev, "test": settings.test}
-    return {split: artifacts.file_identity(sources.checked(Path(path))) for split, path in splits.items() if path is not None}
+    return {split: artifacts.file_identity(sources.checked(Path(path))) for split, path in _files(settings).items() if path is not None}
+
+
+def _files(settings: TaskSettings) -> Mapping[str, str | Path | None]:
+    if settings.squad:
+        return {"train": settings.squad.train, "dev": settings.squad.dev}
+    if settings.glue and settings.directory:
+        return glue.find(settings.glue, settings.directory)[1]
+    return {"train": settings.train, "dev": settings.dev, "test": settings.test}

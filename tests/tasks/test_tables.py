@@ -7,15 +7,15 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.tasks import tables
-from pipeline.tasks.settings import TaskSettings
+from pipeline.tasks.tables import Columns
 
 
-def settings(**values):
-    return TaskSettings(train="unused", **values)
+def columns(**values):
+    return Columns(**{"text": "text", "text_pair": None, "label": "label", **values})
 
 
 def rows(path, **values):
-    return [(record.text, record.text_pair, record.label) for record in tables.read(path, settings(**values))]
+    return [(record.text, record.text_pair, record.label) for record in tables.read(path, columns(**values))]
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_quotes_are_literal_where_the_recipe_says_so_and_a_byte_order_mark_is_sk
 def test_quoted_fields_may_hold_commas_quotes_and_line_ends(table):
     # the layout of STS-B
     path = table("train.csv", 'a,"b, ""c""\nd",3.800\ne,f,0\n')
-    assert rows(path, text=0, text_pair=1, label=2, kind="regression") == [("a", 'b, "c"\nd', "3.800"), ("e", "f", "0")]
-    assert [record.where for record in tables.read(path, settings(text=0, label=2))] == [f"{path}:1", f"{path}:3"]
+    assert rows(path, text=0, text_pair=1, label=2) == [("a", 'b, "c"\nd', "3.800"), ("e", "f", "0")]
+    assert [record.where for record in tables.read(path, columns(text=0, label=2))] == [f"{path}:1", f"{path}:3"]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.json", "train.json.gz"])
@@ -64,6 +64,13 @@ def test_json_lines_are_read_compressed_or_not(table, name):
 def test_a_json_array_of_objects_is_read(table):
     path = table("train.json", json.dumps([{"text": "a", "label": True}, {"text": "b", "label": 0.5}], indent=1))
     assert rows(path) == [("a", None, "True"), ("b", None, "0.5")]
+
+
+def test_lines_of_another_number_of_columns_can_be_passed_over_and_are_noted(table):
+    path = table("train.tsv", "id\ttext\tlabel\n0\ta\tx\n1\tb\n2\tc\td\ty\n3\te\tz\n")
+    broken = []
+    assert [record.text for record in tables.read(path, columns(), broken)] == ["a", "e"]
+    assert broken == [f"{path}:3", f"{path}:4"]
 
 
 @pytest.mark.parametrize(
@@ -88,23 +95,23 @@ def test_a_json_array_of_objects_is_read(table):
 )
 def test_a_bad_table_is_refused_by_file_and_line(table, name, content, message):
     with pytest.raises(UserError, match=message):
-        tables.read(table(name, content), settings())
+        tables.read(table(name, content), columns())
 
 
 def test_a_missing_column_number_is_refused(table):
     with pytest.raises(UserError, match=r"a\.csv:1: no column 2; found 0, 1 \(all columns are numbers, so the file has no header\)"):
-        tables.read(table("a.csv", "x,1\n"), settings(text=0, label=2))
+        tables.read(table("a.csv", "x,1\n"), columns(text=0, label=2))
 
 
 def test_a_column_number_in_json_is_refused(table):
     with pytest.raises(UserError, match=r"a\.jsonl: column 0 is a number, but JSON objects have names"):
-        tables.read(table("a.jsonl", '{"text": "x", "label": 1}'), settings(text=0))
+        tables.read(table("a.jsonl", '{"text": "x", "label": 1}'), columns(text=0))
 
 
 def test_files_that_are_missing_or_cut_off_are_refused(table, tmp_path):
     with pytest.raises(UserError, match=r"none\.tsv: no such file"):
-        tables.read(tmp_path / "none.tsv", settings())
+        tables.read(tmp_path / "none.tsv", columns())
     whole = table("a.tsv.gz", "text\tlabel\nx\t1\n")
     whole.write_bytes(whole.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"a\.tsv\.gz: not a whole gzip file"):
-        tables.read(whole, settings())
+        tables.read(whole, columns())

@@ -6,7 +6,6 @@ from pipeline.corpus import embedded
 from pipeline.errors import UserError
 from pipeline.tasks import task as tasks
 from pipeline.tasks.settings import TaskSettings
-from pipeline.tasks.task import Task
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def test_labels_are_numbered_by_alphabet_or_by_size(table):
 
 def test_a_regression_has_numbers_for_labels(table):
     task = load(train=table("a.tsv", ["3.5", "0"]), dev=table("d.tsv", ["7e-1"]), kind="regression")
-    assert (task.regression, task.labels, task.metric) == (True, (), "spearman")
+    assert (task.regression, task.labels, task.metrics) == (True, (), ("spearman", "pearson"))
     assert [example.label for split in ("train", "dev") for example in task.splits[split]] == [3.5, 0.0, 0.7]
 
 
@@ -45,6 +44,7 @@ def test_a_missing_dev_split_is_drawn_from_train_by_seed(table):
     task = load(train=train)
     assert sorted(texts(task, "train") + texts(task, "dev")) == sorted(f"a.tsv {number}" for number in range(40))
     assert len(task.splits["dev"]) == 4
+    assert task.remarks == ("no development split: 4 of 40 training examples are held out for it",)
     assert load(train=train).splits == task.splits
     assert texts(load(train=train, seed=2), "dev") != texts(task, "dev")
 
@@ -68,12 +68,12 @@ def test_the_embedded_task_has_its_own_splits(monkeypatch):
     splits = {"train": [("t", "numpy"), ("u", "torch")], "dev": [("d", "torch")], "test": [("e", "numpy")]}
     monkeypatch.setattr(embedded, "task_splits", lambda seed: splits)
     task = tasks.load(TaskSettings(embedded=True), seed=1)
-    assert (task.labels, task.metric) == (("numpy", "torch"), "accuracy")
+    assert (task.labels, task.metrics) == (("numpy", "torch"), ("accuracy",))
     assert [(example.text, example.label) for split in ("dev", "test") for example in task.splits[split]] == [("d", 1), ("e", 0)]
 
 
 def test_a_label_that_train_does_not_know_is_refused(table):
-    with pytest.raises(UserError, match=r"d\.tsv:2: label 'z' is not among those of train \(x, y\)"):
+    with pytest.raises(UserError, match=r"d\.tsv:2: label 'z' is not among the task's \(x, y\)"):
         load(train=table("a.tsv", ["x", "y"]), dev=table("d.tsv", ["x", "z"]))
 
 
@@ -89,11 +89,19 @@ def test_labels_that_are_all_the_same_are_refused(table):
 
 
 def test_too_few_examples_to_hold_some_out_are_refused(table):
-    with pytest.raises(UserError, match=r"a\.tsv: 2 examples, too few to hold 0\.6 of them out; give task\.dev"):
+    with pytest.raises(UserError, match=r"a\.tsv: 2 examples, too few to hold 0\.6 of them out; give a development split"):
         load(train=table("a.tsv", ["x", "y"]), dev_fraction=0.6)
 
 
-def test_a_damaged_task_file_is_told(tmp_path):
-    (tmp_path / "task.json").write_text('{"labels": []}')
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_a_task_is_kept_as_it_was_used(table, tmp_path, kind):
+    task = load(train=table("a.tsv", ["0", "1"] * 10), kind=kind)
+    task.save(tmp_path / "task.json")
+    assert tasks.open(tmp_path / "task.json") == task
+
+
+@pytest.mark.parametrize("content", ['{"labels": []}', '{"kind": "labels", "labels": []}', '{"kind": "other"}', "{"])
+def test_a_damaged_task_file_is_told(tmp_path, content):
+    (tmp_path / "task.json").write_text(content)
     with pytest.raises(UserError, match="not a readable task"):
-        Task.open(tmp_path / "task.json")
+        tasks.open(tmp_path / "task.json")
