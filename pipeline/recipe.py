@@ -115,8 +115,10 @@ class Recipe(Settings):
             self._check_index(self.index)
         if self.prune and self.prune.time_budget is not None:
             raise ValueError("prune.time_budget: the masks reach their target by steps, not by time; leave it out (prune.recovery may have one)")
-        if self.finetune and self.finetune.task.max_length > self.model.max_length and self.model.from_ is None:
-            raise ValueError(f"finetune.task.max_length {self.finetune.task.max_length} exceeds model.max_length {self.model.max_length}")
+        if self.finetune and self.finetune.task.length > self.model.max_length and self.model.from_ is None:
+            raise ValueError(f"finetune.task.max_length {self.finetune.task.length} exceeds model.max_length {self.model.max_length}")
+        if self.prune and self.finetune and self.finetune.task.squad:
+            raise ValueError("prune takes a task of labels; finetune.task is squad: leave prune out")
         return self
 
     def _check_index(self, index: IndexSettings) -> None:
