@@ -102,6 +102,7 @@ def test_a_long_memory_of_shared_groups_is_a_recipe(written):
         (["model.kind=encoder"], "objective trimelm_long trains a model of kind decoder"),
         (["pretrain.objective.local_drop=0.5"], "unknown key 'pretrain.objective.local_drop'"),
         (["pretrain.objective.name=trimelm_ext", "pretrain.objective.local_dropped=1.5"], "less than or equal to 1, found 1.5"),
+        (["pretrain.time_budget=5"], "set objective.ce_warmup_ratio: 0, or leave the budget out"),
     ],
 )
 def test_an_objective_with_memory_says_what_it_needs(written, overrides, expected):
@@ -121,6 +122,7 @@ def test_a_key_given_twice_is_refused(written):
         (GOOD.replace("length: 64", "length: 640"), "pack.length 640 exceeds model.max_length 512"),
         (GOOD + "model: {hidden: 30, heads: 4}\n", "hidden 30 is not a multiple of heads 4"),
         (GOOD + "prune: {}\n", "prune needs finetune"),
+        (GOOD + "finetune: {}\nprune: {time_budget: 5}\n", "prune.time_budget: the masks reach their target by steps"),
         (GOOD.replace("length: 64", "groups: consecutive"), "groups: consecutive needs group_size of 2 or more"),
         ("name: x\nfinetune: {}\n", "finetune needs a model"),
         ("a: [\n", "not valid YAML"),

@@ -222,6 +222,13 @@ def test_a_ratio_is_the_quotient_of_global_means_and_not_logged_where_its_kind_w
     assert two_ranks.results["accompanied-zero1"]["ratios"] == records[-1]["ratios"]
 
 
+def test_utilisation_counts_tokens_that_are_not_padding(place, toy, two_ranks):
+    for record in history(place / "accompanied-zero1"):
+        assert record["tokens_per_second"] / record["rows_per_second"] == pytest.approx(33 / 8)
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] / toy.LENGTH * 1e6 / (2 * 1e9))
+    assert history(place / "zero1")[0]["mfu"] is None
+
+
 @pytest.mark.parametrize("name", ["budget", "budget-stopped"])
 def test_a_time_budget_ends_training_and_its_schedule_at_the_same_step_on_every_rank(name, place, toy, two_ranks, two_ranks_again):
     result = (two_ranks_again if "stopped" in name else two_ranks).results[name]

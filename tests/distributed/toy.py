@@ -150,6 +150,7 @@ class Accompanied(Trainee):
 
     figures = frozenset({"hits", "kind"})
     ratios: ClassVar = {"accuracy": ("hits", "kind")}
+    flops_per_row = 1e6
 
     def __init__(self) -> None:
         super().__init__(side=False)
@@ -244,6 +245,7 @@ def run(training: dict[str, Any]) -> tuple[Summary, int]:
         return learning_rate(settings, step, steps, seconds)
 
     loop.learning_rate = observed
+    loop.telemetry.peak_flops = lambda device, precision: 1e9
     summary = train(
         trainee, batches, settings, steps=training["steps"], seed=1, directory=directory, logs=directory / "logs", ranks=Ranks.here(),
         loss_weights=LOSS_WEIGHTS, title=training["name"],

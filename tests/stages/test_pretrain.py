@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,30 @@ def test_an_encoder_comes_out_as_stock_bert_and_serves_as_a_start(tmp_path):
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert again["loss_mlm"] == pytest.approx(metrics["loss_mlm"], abs=0.4), "training did not start from the weights given"
+
+
+def test_documents_packed_into_rows_without_cutting_train_apart_from_one_another_with_two_fifths_hidden(tmp_path):
+    pack = {"segments": "best_fit"}
+    make_inputs(tmp_path, "encoder", pack)
+    options = {"document_mask": True, "objective": {"name": "mlm", "mask_rate": 0.4}, "batch_size": 15, "micro_batch_size": 15}
+    done = run(tmp_path, {}, pack, **options, log_every=60)  # four epochs: a document of 31 tokens gives two rows and a quarter of one
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "metrics.json").read_text())["loss_mlm"] < math.log(60) - 1
+    last = json.loads((tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["tokens_per_second"] / last["rows_per_second"] == pytest.approx((200 * 16 + 25 * 14) / 225), "padding is no token"
+
+
+def test_an_objectives_weights_hold_where_the_recipe_has_none_and_a_wrong_name_is_told(tmp_path):
+    make_inputs(tmp_path, "encoder")
+    controller = {"objective": {"name": "meta_controller", "generator": {"heads": 1}}, "steps": 2, "log_every": 1}
+    done = run(tmp_path, {}, **controller, loss_weights={"mlm": 2.0})
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["loss"] == pytest.approx(2 * record["losses"]["mlm"] + 50 * record["losses"]["choice"])
+    assert round(record["ratios"]["accuracy_replaced"], 4) == json.loads((tmp_path / "metrics.json").read_text())["accuracy_replaced"]
+    shutil.rmtree(tmp_path / "work")
+    done = run(tmp_path, {}, **controller, loss_weights={"choices": 1.0})
+    assert "loss_weights: no loss is called choices; the losses here are choice, mlm" in done.stderr
 
 
 def test_a_decoder_is_trained_and_exported_with_its_code(tmp_path):

@@ -50,6 +50,23 @@ def test_the_log_is_one_line_for_the_steps_with_rates(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["pretrain: step 2/10  loss 4.2500  lr 1.00e-01  12,346 tok/s  ETA 0:00:00"]
 
 
+def test_tensorboard_shows_a_ratio_of_the_sums_since_its_last_point_and_none_where_its_kind_was_not_met(tmp_path):
+    writer = Telemetry(tmp_path, title="pretrain", start=0, steps=10, ratios={"accuracy": ("hits", "kind")})
+    for step, hits, kind in ((1, 0.0, 0.0), (2, 0.125, 0.25), (3, 0.25, 0.25), (4, 0.0, 0.0), (5, 0.5, 1.0)):
+        made = record(step, 1.0) if step in (1, 2) else shown(step, 1.0)
+        writer.record([made | {"losses": {"hits": hits, "kind": kind}}])
+    writer.close()
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("losses/accuracy")] == [(3, 0.75), (5, 0.5)]
+
+
+def test_the_time_left_is_that_of_the_budget_where_it_ends_before_the_steps(tmp_path, capsys):
+    writer = Telemetry(tmp_path, title="pretrain", start=0, steps=10**9, time_budget=2.0)
+    writer.record([shown(1, 1.0) | {"seconds": 30.0}])
+    writer.close()
+    assert capsys.readouterr().out.endswith("ETA 0:01:30\n")
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "peak"),
     [("NVIDIA H100 80GB HBM3", "bf16", 989e12), ("NVIDIA H100 PCIe", "bf16", 756e12), ("NVIDIA H100", "fp32", None), ("Unheard Of", "bf16", None)],
