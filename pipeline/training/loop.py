@@ -176,6 +176,7 @@ class _Loop:
         if self.side is not None:
             self.side.before_step(step)
         micro_batches, counts, totals = self._batch(step, stop)
+        observed = _later(totals[-2:])  # queued before the step's work, so that asking does not wait for it
         shares = counts / totals[: len(self.names)].clamp(min=1)  # [micro-batches, losses]
         means = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(micro_batches):
@@ -190,7 +191,7 @@ class _Loop:
         norm = engines.step(self.engine)
         record = {"step": step + 1, "lr": lr, "side": self._step_side(step)}
         self.pending.append((record, torch.cat([means, norm.reshape(1), totals[-3:-2].double()])))
-        return _later(totals[-2:])
+        return observed
 
     def _batch(self, step: int, stop: StopRequest) -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
         """This rank's prepared micro-batches, their targets [micro-batches, losses], and over all ranks
