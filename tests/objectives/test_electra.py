@@ -107,7 +107,3 @@ def test_a_temperature_near_0_draws_the_likeliest_token(tokenizer):
     assert len(drawn.unique()) < 5, "the bias alone prefers a few tokens"
     drawn_hot = pair(tokenizer, generator={"temperature": 100.0})[1].fill_in(model, None, batch, 0, batch["labels"] != -100)[1]
     assert len(drawn_hot.unique()) > 40
-
-
-def test_from_a_cold_start_the_generators_tokens_are_found(tokenizer):
-    """A language where each token follows from its neighbours: found without one false alarm in ten, and fewer are replaced as the generator learns."""
