@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.packing.order import Order, share
+from pipeline.tasks.encoded import Encoded
 from pipeline.tasks.task import AnyTask
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ class TaskBatches:
         self.lengths = np.array([len(tokens) for tokens in self.encoded.tokens])
         self.steps_per_epoch = len(self.lengths) / batch_size
         self._pad = tokenizer.pad_token_id or 0
-        targets = {name: values.tolist() for name, values in self.encoded.targets.items()}
-        self.fingerprint = _digest(batch_size, seed, self.encoded.tokens, targets)
+        self.fingerprint = _digest(batch_size, seed, self.lengths, self.encoded)
         self._order = Order(len(self.lengths), seed)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, np.ndarray]:
@@ -64,11 +64,14 @@ class TaskBatches:
             rows["token_type_ids"] = self._padded(self.encoded.types, numbers, inside, 0)
         return {**rows, **{name: values[numbers] for name, values in self.encoded.targets.items()}, "example": numbers}
 
-    def _padded(self, values: list[list[int]], numbers: np.ndarray, inside: np.ndarray, padding: int) -> np.ndarray:
+    def _padded(self, values: list[np.ndarray], numbers: np.ndarray, inside: np.ndarray, padding: int) -> np.ndarray:
         padded = np.full(inside.shape, padding, dtype=np.int64)
         padded[inside] = np.concatenate([values[number] for number in numbers])
         return padded
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+def _digest(batch_size: int, seed: int, lengths: np.ndarray, encoded: Encoded) -> str:
+    digest = hashlib.sha256(repr((batch_size, seed, list(encoded.targets))).encode())
+    for array in (lengths, np.concatenate(encoded.tokens), *encoded.targets.values()):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

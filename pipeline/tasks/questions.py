@@ -6,7 +6,7 @@ and BERT's run_squad). Among the windows of a question the answer with the best 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,12 +15,15 @@ import numpy as np
 
 from pipeline import artifacts
 from pipeline.tasks import squad
-from pipeline.tasks.encoded import Encoded, told_apart
+from pipeline.tasks.encoded import Encoded, row_of, told_apart
 from pipeline.tasks.settings import MAX_QUESTION, SquadSettings
 from pipeline.tasks.squad import Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1000
+"""Questions tokenised at a time: what the tokenizer gives back is many times larger than what is kept."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,10 @@ class QuestionTask:
     max_length: int
     doc_stride: int
     max_answer: int
-    metrics: tuple[str, ...] = ("f1", "exact_match")
-    remarks: tuple[str, ...] = ()
 
     head: ClassVar[Literal["qa"]] = "qa"
-
-    @property
-    def metric(self) -> str:
-        return self.metrics[0]
+    metric: ClassVar[str] = "f1"
+    remarks: ClassVar[tuple[str, ...]] = ()
 
     def save(self, path: Path) -> None:
         """Keep the task as it was used; each context once."""
@@ -63,7 +62,7 @@ class QuestionTask:
             for split, questions in self.splits.items()
         }
         shape = {"max_length": self.max_length, "doc_stride": self.doc_stride, "max_answer": self.max_answer}
-        artifacts.write_json(path, {"kind": "questions", **shape, "remarks": self.remarks, "contexts": list(contexts), "splits": splits})
+        artifacts.write_json(path, {"kind": "questions", **shape, "contexts": list(contexts), "splits": splits})
 
     @classmethod
     def of(cls, kept: dict[str, Any]) -> QuestionTask:
@@ -73,13 +72,21 @@ class QuestionTask:
             split: [Question(id, text, contexts[context], tuple(answers), tuple(starts)) for id, text, context, answers, starts in questions]
             for split, questions in kept["splits"].items()
         }
-        return cls(splits, kept["max_length"], kept["doc_stride"], kept["max_answer"], remarks=tuple(kept["remarks"]))
+        return cls(splits, kept["max_length"], kept["doc_stride"], kept["max_answer"])
 
     def encode(self, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> Windows:
         """The windows of questions, in order. The tokenizer is a fast one, which knows the characters its tokens stand for."""
+        chunks = [range(first, min(first + CHUNK, len(questions))) for first in range(0, len(questions), CHUNK)]
+        rows = [row for chunk in chunks for row in self._windows(questions, chunk, tokenizer)]
+        tokens, types, numbers, offsets, spans = (list(column) for column in zip(*rows, strict=True))
+        starts, ends = np.array(spans, dtype=np.int64).T
+        return Windows(tokens, told_apart(types), {"start_positions": starts, "end_positions": ends}, np.array(numbers), offsets)
+
+    def _windows(self, questions: Sequence[Question], chunk: range, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Any, ...]]:
+        """Of each window: tokens, types, the question's number, offsets, and the answer's first and last token."""
         found = tokenizer(
-            _cut([question.text for question in questions], tokenizer),
-            [question.context for question in questions],
+            _cut([questions[number].text for number in chunk], tokenizer),
+            [questions[number].context for number in chunk],
             truncation="only_second",
             max_length=self.max_length,
             stride=self.doc_stride,
@@ -87,17 +94,13 @@ class QuestionTask:
             return_offsets_mapping=True,
             return_token_type_ids=True,
         )
-        question = np.array(found["overflow_to_sample_mapping"])
-        tokens: list[list[int]] = found["input_ids"]
-        offsets, spans = [], []  # of tokens in characters; of answers in tokens
-        for row, number in enumerate(question):
+        for row, place in enumerate(found["overflow_to_sample_mapping"]):
+            tokens = row_of(found["input_ids"][row])
             inside = np.array([part == 1 for part in found.sequence_ids(row)])
-            places = np.where(inside[:, None], np.array(found["offset_mapping"][row], dtype=np.int32), np.int32(-1))
-            offsets.append(places)
-            nowhere = tokens[row].index(tokenizer.cls_token_id) if tokenizer.cls_token_id in tokens[row] else 0
-            spans.append(_span(places, questions[number]) or (nowhere, nowhere))
-        starts, ends = np.array(spans, dtype=np.int64).T
-        return Windows(tokens, told_apart(found["token_type_ids"]), {"start_positions": starts, "end_positions": ends}, question, offsets)
+            offsets = np.where(inside[:, None], np.array(found["offset_mapping"][row], dtype=np.int32), np.int32(-1))
+            nowhere = int((tokens == tokenizer.cls_token_id).argmax())
+            span = _span(offsets, questions[chunk[place]]) or (nowhere, nowhere)
+            yield tokens, row_of(found["token_type_ids"][row]), chunk[place], offsets, span
 
 
 def load(settings: SquadSettings, length: int) -> QuestionTask:

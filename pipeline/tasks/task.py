@@ -15,7 +15,7 @@ from pipeline import artifacts
 from pipeline.corpus import embedded
 from pipeline.errors import UserError
 from pipeline.tasks import glue, questions, tables
-from pipeline.tasks.encoded import Encoded, told_apart
+from pipeline.tasks.encoded import Encoded, row_of, told_apart
 from pipeline.tasks.questions import QuestionTask
 from pipeline.tasks.settings import TaskSettings
 from pipeline.tasks.tables import Columns, Record
@@ -74,7 +74,8 @@ class Task:
         pairs = [example.text_pair for example in examples] if examples[0].text_pair is not None else None
         found = tokenizer([example.text for example in examples], pairs, truncation=True, max_length=self.max_length, return_token_type_ids=True)
         labels = np.array([example.label for example in examples], dtype=np.float32 if self.regression else np.int64)
-        return Encoded(found["input_ids"], told_apart(found["token_type_ids"]), {"labels": labels})
+        tokens, types = ([row_of(row) for row in found[name]] for name in ("input_ids", "token_type_ids"))
+        return Encoded(tokens, told_apart(types), {"labels": labels})
 
 
 AnyTask = Task | QuestionTask

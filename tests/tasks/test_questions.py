@@ -27,14 +27,16 @@ def test_a_long_context_is_cut_into_windows_that_share_doc_stride_tokens(make_to
     windows = encode(make_tokenizer(second_type=1), question("w12 w13"))
     # `<s> w90 w91 </s> context </s>`: 11 places of context in a row of 16, 7 of them new in each window
     assert [len(tokens) for tokens in windows.tokens] == [16, 16, 16, 14]
-    contexts = [tokens[4:-1] for tokens in windows.tokens]
+    contexts = [tokens[4:-1].tolist() for tokens in windows.tokens]
     assert contexts == [list(range(5 + first, 5 + min(first + 11, 30))) for first in (0, 7, 14, 21)]
-    assert all(tokens[:4] == [2, 95, 96, 3] for tokens in windows.tokens)
-    assert windows.types[0] == [0] * 4 + [1] * 12
+    assert all(tokens[:4].tolist() == [2, 95, 96, 3] for tokens in windows.tokens)
+    assert windows.types[0].tolist() == [0] * 4 + [1] * 12
     assert windows.question.tolist() == [0] * 4
 
 
-def test_the_answer_is_a_span_of_tokens_and_cls_where_a_window_has_not_all_of_it(make_tokenizer):
+@pytest.mark.parametrize("chunk", [1, 2, 1000])
+def test_the_answer_is_a_span_of_tokens_and_cls_where_a_window_has_not_all_of_it(make_tokenizer, monkeypatch, chunk):
+    monkeypatch.setattr(questions, "CHUNK", chunk)
     windows = encode(make_tokenizer(), question("w12 w13"), question("w10 w11"), question("w0"))
     spans = list(zip(windows.targets["start_positions"].tolist(), windows.targets["end_positions"].tolist(), strict=True))
     assert spans[:4] == [(0, 0), (9, 10), (0, 0), (0, 0)]  # w12 is the sixth of the second window's context, w7 to w17
@@ -60,7 +62,7 @@ def test_an_answer_that_is_a_part_of_a_token_or_has_spaces_around_it_is_the_toke
 
 def test_a_question_is_cut_at_64_tokens(make_tokenizer):
     windows = encode(make_tokenizer(), question("w0", text=" ".join(f"w{number}" for number in range(70))), max_length=100, doc_stride=8)
-    assert windows.tokens[0][:66] == [2, *range(5, 69), 3]
+    assert windows.tokens[0][:66].tolist() == [2, *range(5, 69), 3]
 
 
 @settings(deadline=None)
