@@ -165,6 +165,8 @@ class Recipe(Settings):
                 f"pretrain.time_budget: objective {objective.name} begins without memory for a share of the steps, which a budget does not tell; "
                 "set objective.ce_warmup_ratio: 0, or leave the budget out"
             )
+        if pretrain.notes:
+            self._check_notes(pretrain.notes, objective)
         if pretrain.ranks_per_group > 1 and (objective.needs != "groups" or pack.group_size % pretrain.ranks_per_group):
             raise ValueError(
                 f"pretrain.ranks_per_group {pretrain.ranks_per_group} divides groups of segments that share a memory (trimelm_long, trimelm_ext); "
@@ -177,6 +179,16 @@ class Recipe(Settings):
             raise ValueError(larger)
         if self.finetune and self.model.kind == "decoder" and self.model.from_ is None:
             raise ValueError("finetune classifies with an encoder; model.kind is decoder: leave finetune out, or use kind: encoder")
+
+    def _check_notes(self, notes: NotesSettings, objective: AnyObjective) -> None:
+        low, high = notes.frequency
+        if not 1 <= low <= high:
+            raise ValueError(f"pretrain.notes.frequency [{low}, {high}]: expected the least and the most occurrences of a word, 1 <= from <= to")
+        if objective.kind != "encoder":
+            raise ValueError(
+                f"pretrain.notes are of the words on both sides, which objective {objective.name} does not see: leave notes out, or use mlm, "
+                "electra or meta_controller"
+            )
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,10 @@ class Objective(nn.Module, ABC):
     notes: Any = None
     """Notes on rare words, read and written around the forward pass; None: none. The trainee's side module, so no registered part of this one."""
 
+    def take_notes(self, notes: nn.Module) -> None:
+        """Reads and writes these notes from now on."""
+        object.__setattr__(self, "notes", notes)  # an ordinary attribute would register it, and DeepSpeed would train it
+
     @property
     def loss_weights(self) -> dict[str, float]:
         """Weights of the named losses in the sum where they are not 1; a recipe's own come before them."""

@@ -28,4 +28,9 @@ class Mlm(Objective):
         return {"mlm": (batch["labels"] != -100).sum()}
 
     def forward(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        return {"mlm": model(**{name: batch[name] for name in INPUTS if name in batch}).loss}
+        given = {name: batch[name] for name in INPUTS if name in batch}
+        if self.notes is None:
+            return {"mlm": model(**given).loss}
+        output = model(**given, input_mixer=self.notes.mixer(batch))
+        self.notes.collect(batch, output.last_hidden_state)
+        return {"mlm": output.loss}
