@@ -37,6 +37,12 @@ class Prunable:
         return cls(len(config.heads_per_layer), config.hidden_size, config.heads_per_layer[0], config.ffn_per_layer[0])
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the masks of each unit, coarse units first."""
+        each, layers = (self.layers,), self.layers
+        return {"attention": each, "feedforward": each, "hidden": (self.hidden,), "heads": (layers, self.heads), "neurons": (layers, self.ffn)}
+
+    @property
     def head(self) -> int:
         """Parameters of one attention head."""
         return (4 * self.hidden**2 + 4 * self.hidden) // self.heads
@@ -59,11 +65,23 @@ class Prunable:
     def sparsity(self, keep: Mapping[str, Tensor]) -> Tensor:
         """Share of `total` removed: expected, from keep probabilities, or realised, from zeros and ones.
 
-        keep: by unit, `heads` [layers, heads] and `neurons` [layers, ffn]; a unit that is absent is kept whole.
+        keep: by unit, of `shapes`; a unit that is absent is kept whole. A head or neuron counts where its layer is kept too. With `hidden` a
+        dimension's share is P_head / d of a head and 2 of a neuron, the biases left out, as in the official code.
         """
-        heads = keep["heads"].sum() * self.head if "heads" in keep else self.layers * self.heads * self.head
-        neurons = keep["neurons"].sum() * self.neuron if "neurons" in keep else self.layers * self.feedforward
-        return 1 - torch.as_tensor(heads + neurons) / self.total
+        heads, neurons = self._kept("heads", "attention", keep), self._kept("neurons", "feedforward", keep)
+        size: Tensor | float
+        if "hidden" in keep:
+            size = (heads * (self.head / self.hidden) + neurons * 2) * keep["hidden"].sum()
+        else:
+            size = heads * self.head + neurons * (self.neuron if "neurons" in keep else self.feedforward / self.ffn)
+        return 1 - torch.as_tensor(size) / self.total
+
+    def _kept(self, fine: str, layer: str, keep: Mapping[str, Tensor]) -> Tensor | float:
+        """How many of the fine units are kept, over all layers."""
+        layers, units = self.shapes[fine]
+        if fine not in keep:
+            return units * (keep[layer].sum() if layer in keep else float(layers))
+        return (keep[fine] * keep[layer][:, None]).sum() if layer in keep else keep[fine].sum()
 
 
 PENALTY = 100.0
