@@ -21,7 +21,7 @@ def tabs(header):
 
 def mnli(label, dev=False):
     parses = ["( a )", "( b )", "(ROOT a)", "(ROOT b)"]
-    return "\t".join(["0", "63735", "63735n", "slate", *parses, 'The "new" rights', "Yes", *["x"] * (1 + 4 * dev), label])
+    return "\t".join(["0", "63735", "63735n", "slate", *parses, '"The new" rights', "Yes", *["x"] * (1 + 4 * dev), label])
 
 
 def sts(sentence1, sentence2, score):
@@ -30,22 +30,22 @@ def sts(sentence1, sentence2, score):
 
 FILES = {
     "CoLA": {
-        "train.tsv": ["gj04\t1\t\tOur friends won't buy this analysis.", 'gj04\t0\t*\tThey "drank the pub.'],
+        "train.tsv": ["gj04\t1\t\tOur friends won't buy this analysis.", 'gj04\t0\t*\t"They drank the pub.'],
         "dev.tsv": ["gj04\t1\t\tThe sailors rode."],
     },
-    "SST-2": {"train.tsv": ["sentence\tlabel", "hide new secretions \t0", 'a "joy \t1'], "dev.tsv": ["sentence\tlabel", "charming \t1"]},
+    "SST-2": {"train.tsv": ["sentence\tlabel", "hide new secretions \t0", '"a joy \t1'], "dev.tsv": ["sentence\tlabel", "charming \t1"]},
     "MRPC": {
-        "train.tsv": [f"\ufeff{MRPC}", '1\t702876\t702977\tHe called "the witness\tOnly "the witness', "0\t2108705\t2108831\tYucaipa\tDominick's"],
+        "train.tsv": [f"\ufeff{MRPC}", '1\t702876\t702977\tHe called "the witness\t"Only the witness', "0\t2108705\t2108831\tYucaipa\tDominick's"],
         "dev.tsv": [f"\ufeff{MRPC}", "1\t1\t2\ta\tb"],
     },
     "STS-B": {
-        "train.tsv": [tabs(STS), sts('A "plane', "An air plane", "5.000"), sts("a", "b", "0.800")],
+        "train.tsv": [tabs(STS), sts('"A plane', "An air plane", "5.000"), sts("a", "b", "0.800")],
         "dev.tsv": [tabs(STS), sts("a", "b", "4.750")],
     },
     "QQP": {
         "train.tsv": [
             tabs("id qid1 qid2 question1 question2 is_duplicate"),
-            '133273\t213221\t213222\tHow is the life of a "math student?\tWhich level?\t0',
+            '133273\t213221\t213222\t"How is the life of a math student?\tWhich level?\t0',
             "402555\t536040\t536041\tHow do I control my emotions?",
             "360472\t364011\t490273\tWhat causes stool to be yellow?\tWhat causes it?\t1",
         ],
@@ -57,7 +57,7 @@ FILES = {
         "dev_mismatched.tsv": [f"{tabs(MNLI_DEV)}\tgold_label", mnli("entailment", dev=True), mnli("neutral", dev=True)],
     },
     "QNLI": {
-        "train.tsv": [tabs("index question sentence label"), '0\tWhen did the "war begin?\tUnlike the two.\tnot_entailment', "1\tq\ts\tentailment"],
+        "train.tsv": [tabs("index question sentence label"), '0\t"When did the war begin?\tUnlike the two.\tnot_entailment', "1\tq\ts\tentailment"],
         "dev.tsv": [tabs("index question sentence label"), "0\tq\ts\tentailment"],
     },
     "RTE": {
@@ -88,11 +88,11 @@ def load(tmp_path):
     [
         ("CoLA", ("0", "1"), ("matthews", "accuracy"), ("Our friends won't buy this analysis.", None), 1),
         ("SST-2", ("0", "1"), ("accuracy",), ("hide new secretions ", None), 0),
-        ("MRPC", ("0", "1"), ("accuracy", "f1"), ('He called "the witness', 'Only "the witness'), 1),
-        ("STS-B", (), ("pearson", "spearman"), ('A "plane', "An air plane"), 5.0),
-        ("QQP", ("0", "1"), ("accuracy", "f1"), ('How is the life of a "math student?', "Which level?"), 0),
-        ("MNLI", ("contradiction", "entailment", "neutral"), ("accuracy",), ('The "new" rights', "Yes"), 2),
-        ("QNLI", ("entailment", "not_entailment"), ("accuracy",), ('When did the "war begin?', "Unlike the two."), 1),
+        ("MRPC", ("0", "1"), ("accuracy", "f1"), ('He called "the witness', '"Only the witness'), 1),
+        ("STS-B", (), ("pearson", "spearman"), ('"A plane', "An air plane"), 5.0),
+        ("QQP", ("0", "1"), ("accuracy", "f1"), ('"How is the life of a math student?', "Which level?"), 0),
+        ("MNLI", ("contradiction", "entailment", "neutral"), ("accuracy",), ('"The new" rights', "Yes"), 2),
+        ("QNLI", ("entailment", "not_entailment"), ("accuracy",), ('"When did the war begin?', "Unlike the two."), 1),
         ("RTE", ("entailment", "not_entailment"), ("accuracy",), ("No Weapons.", "Weapons."), 1),
         ("WNLI", ("0", "1"), ("accuracy",), ("I stuck a pin.", "The carrot had a hole."), 1),
     ],
