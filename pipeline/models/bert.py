@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from pipeline.models.modeling_trimline import (
     TrimlineConfig,
     TrimlineForMaskedLM,
     TrimlineForQuestionAnswering,
     TrimlineForSequenceClassification,
+    TrimlineModel,
     TrimlinePreTrainedModel,
 )
 
@@ -23,6 +32,7 @@ CLASSES: dict[type[TrimlinePreTrainedModel], type[PreTrainedModel]] = {
     TrimlineForMaskedLM: BertForMaskedLM,
     TrimlineForSequenceClassification: BertForSequenceClassification,
     TrimlineForQuestionAnswering: BertForQuestionAnswering,
+    TrimlineModel: BertModel,
 }
 LAYER = (
     ("attention.query", "attention.self.query"),
@@ -46,7 +56,7 @@ OUTSIDE = (
     ("classifier", "classifier"),
     ("qa_outputs", "qa_outputs"),
 )
-TYPES = "bert.embeddings.token_type_embeddings.weight"
+TYPES = "embeddings.token_type_embeddings.weight"
 DECODER_BIAS, VOCABULARY_BIAS = "cls.predictions.decoder.bias", "cls.predictions.bias"
 """One parameter under two names."""
 
@@ -56,7 +66,7 @@ def is_bert_shaped(config: TrimlineConfig) -> bool:
     uniform = len(set(config.heads_per_layer)) == 1 and len(set(config.ffn_per_layer)) == 1
     whole = uniform and config.heads_per_layer[0] * config.head_dim == config.hidden_size and config.ffn_per_layer[0] > 0
     plain = config.activation == "gelu" and config.activation_dropout == 0 and not config.scale_embeddings
-    return whole and plain and (config.kind, config.norm, config.positions) == ("encoder", "post", "absolute")
+    return whole and plain and config.vocab_size > 0 and (config.kind, config.norm, config.positions) == ("encoder", "post", "absolute")
 
 
 def is_ours_shaped(config: PretrainedConfig) -> bool:
@@ -68,6 +78,7 @@ def is_ours_shaped(config: PretrainedConfig) -> bool:
 def export(model: TrimlinePreTrainedModel) -> PreTrainedModel:
     """The same model as stock BERT, on the CPU. A model without token types gets a table of zeros for two."""
     config = model.config
+    pooler = {"add_pooling_layer": model.pooler is not None} if isinstance(model, TrimlineModel) else {}
     stock = CLASSES[type(model)](
         BertConfig(
             vocab_size=config.vocab_size,
@@ -82,11 +93,12 @@ def export(model: TrimlinePreTrainedModel) -> PreTrainedModel:
             initializer_range=config.initializer_range,
             layer_norm_eps=config.layer_norm_eps,
             **_same(config),
-        )
+        ),
+        **pooler,
     )
-    weights = _renamed(model.state_dict(), _names(config.num_hidden_layers))
+    weights = _renamed(model.state_dict(), _names(model))
     if not config.type_vocab_size:
-        weights[TYPES] = torch.zeros(2, config.hidden_size)
+        weights[_types(stock)] = torch.zeros(2, config.hidden_size)
     if DECODER_BIAS in weights:
         weights[VOCABULARY_BIAS] = weights[DECODER_BIAS]
     stock.load_state_dict(weights)
@@ -101,10 +113,9 @@ def convert(stock: PreTrainedModel) -> TrimlinePreTrainedModel:
     theirs: Any = stock.config
     weights = stock.state_dict()
     weights.pop(VOCABULARY_BIAS, None)
-    has_types = bool(weights[TYPES].any())
+    has_types = bool(weights[_types(stock)].any())
     if not has_types:
-        del weights[TYPES]
-    names = {theirs: ours for ours, theirs in _names(theirs.num_hidden_layers).items()}
+        del weights[_types(stock)]
     config = TrimlineConfig(
         vocab_size=theirs.vocab_size,
         hidden_size=theirs.hidden_size,
@@ -121,7 +132,7 @@ def convert(stock: PreTrainedModel) -> TrimlinePreTrainedModel:
     )
     config.name_or_path = theirs.name_or_path
     model = next(ours for ours, stock_class in CLASSES.items() if type(stock) is stock_class)(config)
-    model.load_state_dict(_renamed(weights, names))
+    model.load_state_dict(_renamed(weights, {theirs: ours for ours, theirs in _names(model).items()}))
     return model
 
 
@@ -131,11 +142,17 @@ def _same(config: PretrainedConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in shared}
 
 
-def _names(layers: int) -> dict[str, str]:
-    """Our name of every module that has weights -> BERT's."""
+def _types(stock: PreTrainedModel) -> str:
+    return TYPES if isinstance(stock, BertModel) else f"bert.{TYPES}"
+
+
+def _names(model: TrimlinePreTrainedModel) -> dict[str, str]:
+    """Our name of every module of the model that has weights -> BERT's. A body alone is not below `model` and `bert`."""
     names = dict(OUTSIDE)
-    for layer in range(layers):
+    for layer in range(model.config.num_hidden_layers):
         names |= {f"model.layers.{layer}.{ours}": f"bert.encoder.layer.{layer}.{theirs}" for ours, theirs in LAYER}
+    if isinstance(model, TrimlineModel):
+        names = {ours.removeprefix("model."): theirs.removeprefix("bert.") for ours, theirs in names.items()}
     return names
 
 

@@ -138,6 +138,25 @@ def load(
     return bert.convert(model) if stock_bert else model.float()
 
 
+def adopt(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Bring a loaded model, whose shape is its own, to what a recipe may still say of it: `unpadded`.
+
+    Raises UserError where the recipe names positions that the model does not have, or `unpadded` for a model that is not ours.
+    """
+    ours = isinstance(model, TrimlinePreTrainedModel)
+    found = model.config.positions if ours else "absolute"
+    if "positions" in settings.model_fields_set and settings.positions != found:
+        own = f"positions {found}" if ours else "positions of its own"
+        raise UserError(
+            f"{model.config.name_or_path}: the recipe sets model.positions: {settings.positions}, the checkpoint has {own}; "
+            "leave model.positions out, or train a new model without model.from"
+        )
+    if settings.unpadded and not ours:
+        raise UserError(f"{model.config.name_or_path}: model.unpadded is for Trimline's own models and BERT; leave it out")
+    if ours:
+        model.config.unpadded = settings.unpadded
+
+
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, document_mask: bool = False) -> None:
     """Raises UserError when a loaded model knows fewer tokens than the tokenizer makes, or fewer positions than rows are long,
     or cannot keep attention inside documents where it should (`document_mask`).
@@ -186,7 +205,7 @@ def _check_head(path: Path, config: PretrainedConfig, head: Head) -> None:
         kind = "decoder" if getattr(config, "is_decoder", False) else "encoder"
     else:
         return
-    if (kind == "decoder") != (head == "causal"):
+    if head != "none" and (kind == "decoder") != (head == "causal"):
         wanted = "a decoder" if head == "causal" else "an encoder"
         raise UserError(f"{path}: a model of kind {kind} ({config.model_type}) cannot have the head {head}; give {wanted}")
 
@@ -207,7 +226,7 @@ def _check_complete(path: Path, model: PreTrainedModel, report: dict[str, Any]) 
     """Only what stands on the body may be new."""
     for name, found, expected in report["mismatched_keys"]:
         raise UserError(f"{path}: {name} is {list(found)} in the weights, {list(expected)} by config.json; take a whole copy of the model")
-    body = f"{model.base_model_prefix}."
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."
     lacking = sorted(name for name in report["missing_keys"] if name.startswith(body) and "pooler" not in name)
     if lacking:
         raise UserError(f"{path}: the weights lack {len(lacking)} tensors that config.json asks for, as {lacking[0]}; take a whole copy of the model")

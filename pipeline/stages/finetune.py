@@ -39,6 +39,7 @@ def run(work: Work) -> dict[str, Any]:
     options: dict[str, Any] = {"head": task.head, "trust_remote_code": recipe.model.trust_remote_code}
     labels: dict[str, Any] = {"labels": task.labels, "regression": task.regression} if isinstance(task, Task) else {}
     model = build.load(start, **labels, **options)
+    build.adopt(model, recipe.model)
     build.check_fits(model, tokenizer, task.max_length)
     summary = train(
         Trainee(model, OBJECTIVES[task.head]()),

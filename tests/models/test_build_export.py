@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,7 +27,8 @@ from transformers import (
 
 from pipeline.errors import UserError
 from pipeline.models import build, export
-from pipeline.models.modeling_trimline import TrimlineForCausalLM, TrimlineForMaskedLM, TrimlineForSequenceClassification
+from pipeline.models.modeling_trimline import TrimlineForCausalLM, TrimlineForMaskedLM, TrimlineForSequenceClassification, TrimlineModel
+from pipeline.models.positions import SCHEMES
 from pipeline.models.settings import ModelSettings
 
 
@@ -115,11 +118,11 @@ import sys
 sys.modules["pipeline"] = None  # importing it, or anything in it, is an error from here on
 import torch, transformers
 inputs = torch.load("inputs.pt")
-for auto in sys.argv[1:]:
-    assert transformers.AutoConfig.from_pretrained(auto, trust_remote_code=True).model_type == "trimline"
-    model = getattr(transformers, auto).from_pretrained(auto, trust_remote_code=True).eval()
-    body = transformers.AutoModel.from_pretrained(auto, trust_remote_code=True).eval()
-    torch.save((model(*inputs).logits, body(*inputs).last_hidden_state), f"{auto}.pt")
+for name in sys.argv[1:]:
+    assert transformers.AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == "trimline"
+    model = getattr(transformers, name.partition("-")[0]).from_pretrained(name, trust_remote_code=True).eval()
+    body = transformers.AutoModel.from_pretrained(name, trust_remote_code=True).eval()
+    torch.save((model(*inputs).logits, body(*inputs).last_hidden_state), f"{name}.pt")
 """
 
 
@@ -129,17 +132,85 @@ def test_exported_models_load_in_a_process_without_trimline(make_config, rows, t
         "AutoModelForCausalLM": TrimlineForCausalLM(make_config(kind="decoder", norm="pre")),
         "AutoModelForSequenceClassification": TrimlineForSequenceClassification(make_config(heads_per_layer=[1, 4], num_labels=3)),
     }
-    for auto, model in models.items():
-        export.save(randomised(model), None, tmp_path / auto)
+    pruned = {"heads_per_layer": [2, 4], "heads_kept": [[1, 3], None]}
+    for scheme in SCHEMES:
+        models[f"AutoModelForMaskedLM-{scheme}"] = TrimlineForMaskedLM(make_config(positions=scheme, unpadded=True, **pruned))
+    for name, model in models.items():
+        export.save(randomised(model), None, tmp_path / name)
     torch.save(rows, tmp_path / "inputs.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", FRESH, *models], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for auto, model in models.items():
-        logits, hidden = torch.load(tmp_path / f"{auto}.pt")
-        assert torch.allclose(logits, model(*rows).logits, atol=1e-5)
-        assert torch.allclose(hidden, model.model(*rows).last_hidden_state, atol=1e-5)
+    for name, model in models.items():
+        logits, hidden = torch.load(tmp_path / f"{name}.pt")
+        assert torch.allclose(logits, model(*rows).logits, atol=1e-5), name
+        assert torch.allclose(hidden, model.model(*rows).last_hidden_state, atol=1e-5), name
+
+
+@pytest.mark.parametrize("shape", [{}, {"positions": "tupe-relative"}])
+def test_a_body_alone_exports_loads_and_takes_a_head(make_config, rows, tmp_path, shape):
+    """The plain one as stock BERT's own body."""
+    body = randomised(TrimlineModel(make_config(**shape)))
+    export.save(body, None, tmp_path)
+    expected = body(*rows)
+    if not shape:
+        stock = AutoModel.from_pretrained(tmp_path).eval()
+        assert type(stock) is BertModel
+        assert torch.allclose(stock(*rows).last_hidden_state, expected.last_hidden_state, atol=1e-5)
+        assert torch.allclose(stock(*rows).pooler_output, expected.pooler_output, atol=1e-5)
+    assert torch.allclose(build.load(tmp_path, head="none").eval()(*rows).pooler_output, expected.pooler_output, atol=1e-5)
+    classifier = build.load(tmp_path, head="classification", labels=["a", "b"]).eval()
+    assert torch.allclose(classifier.model(*rows).pooler_output, expected.pooler_output, atol=1e-5)
+
+
+def test_a_body_without_a_pooler_is_stock_bert_without_one(make_config, rows, tmp_path):
+    body = randomised(TrimlineForMaskedLM(make_config())).model
+    export.save(body, None, tmp_path)
+    assert torch.allclose(AutoModel.from_pretrained(tmp_path).eval()(*rows).last_hidden_state, body(*rows).last_hidden_state, atol=1e-5)
+
+
+def test_a_body_that_lacks_weights_is_refused(make_config, tmp_path):
+    export.save(TrimlineModel(make_config(positions="rope")), None, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["layers.0.attention.key.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 tensors.*layers\.0\.attention\.key\.weight"):
+        build.load(tmp_path, head="none")
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "refused"),
+    [
+        ("absolute", "tupe-relative", True),
+        ("tupe-absolute", "tupe-relative", True),
+        ("tupe-relative", "absolute", True),
+        ("tupe-relative", "tupe-relative", False),
+        ("tupe-relative", None, False),
+        ("absolute", None, False),
+    ],
+)
+def test_positions_that_a_checkpoint_does_not_have_are_refused_where_a_recipe_names_them(make_config, tmp_path, saved, asked, refused):
+    export.save(TrimlineForMaskedLM(make_config(positions=saved)), None, tmp_path)
+    model = build.load(tmp_path)
+    settings = ModelSettings(**{"from": str(tmp_path), **({} if asked is None else {"positions": asked})})
+    if refused:
+        with pytest.raises(UserError, match=f"sets model.positions: {asked}, the checkpoint has positions {saved}.*leave model.positions out"):
+            build.adopt(model, settings)
+    else:
+        build.adopt(model, settings)
+
+
+def test_a_loaded_model_runs_unpadded_where_the_recipe_says_so(make_config, tmp_path):
+    export.save(TrimlineForMaskedLM(make_config()), None, tmp_path)
+    model = build.load(tmp_path)
+    build.adopt(model, ModelSettings(unpadded=True))
+    assert model.config.unpadded
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=4))
+    build.adopt(gpt2, ModelSettings(positions="absolute"))
+    for settings in (ModelSettings(positions="rope"), ModelSettings(unpadded=True)):
+        with pytest.raises(UserError, match=r"leave .* out"):
+            build.adopt(gpt2, settings)
 
 
 def test_stock_bert_loads_as_our_class_with_equal_outputs(rows, tmp_path):
@@ -295,8 +366,6 @@ def test_bad_directories_are_told_apart(make_config, tmp_path):
 
 
 def test_missing_tensors_and_wrong_shapes_are_errors_not_random_weights(make_config, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     export.save(TrimlineForMaskedLM(make_config(norm="pre")), None, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     taken = weights.pop("model.layers.0.attention.key.weight")
