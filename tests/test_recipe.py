@@ -120,6 +120,10 @@ def test_a_key_given_twice_is_refused(written):
         ("name: x\npack: {}\n", "pack needs tokenize"),
         (GOOD.replace("name: mlm", "name: causal"), "objective causal trains a model of kind decoder; model.kind is encoder"),
         (GOOD.replace("length: 64", "length: 640"), "pack.length 640 exceeds model.max_length 512"),
+        (
+            GOOD.replace("mlm", "electra, generator: {heads: 5, ffn: 1024}"),
+            "generator: heads 5 (the model has 4): it must not be larger than the model",
+        ),
         (GOOD + "model: {hidden: 30, heads: 4}\n", "hidden 30 is not a multiple of heads 4"),
         (GOOD + "prune: {}\n", "prune needs finetune"),
         (GOOD + "finetune: {}\nprune: {time_budget: 5}\n", "prune.time_budget: the masks reach their target by steps"),

@@ -71,6 +71,21 @@ def test_an_encoder_has_the_perplexity_of_masked_tokens_and_a_part_can_be_scored
     assert report["held_out"]["bits_per_byte"] is None
 
 
+@pytest.mark.parametrize(("objective", "head"), [("electra", "none"), ("meta_controller", "mlm")])
+def test_a_model_that_learned_on_replaced_tokens_is_reported_without_a_loss(objective, head, finetuned, tmp_path):
+    recipe, inputs, _ = language_model(tmp_path, finetuned.tokenizer, "encoder")
+    recipe["pretrain"]["objective"]["name"] = objective
+    model = build.new(ModelSettings.model_validate(recipe["model"]), finetuned.tokenizer, head)
+    shutil.rmtree(tmp_path / "pretrain")
+    export.save(model, finetuned.tokenizer, tmp_path / "pretrain" / "model")
+    (tmp_path / "out").mkdir()
+    assert evaluate.run(Work("evaluate", Recipe.model_validate(recipe), inputs, tmp_path / "out", tmp_path / "logs")) == {}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["held_out"] is None
+    assert report["models"]["pretrained"]["encoder_parameters"] > 0
+    assert "perplexity" not in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_a_finetune_only_recipe_is_scored_on_the_test_split_before_and_after_pruning(finetuned, tmp_path):
     masks = {"heads": torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]]), "neurons": torch.ones(2, 64)}
     pruned = surgery.remove(finetuned.model, masks)
