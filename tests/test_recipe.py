@@ -124,6 +124,11 @@ def test_a_key_given_twice_is_refused(written):
             GOOD.replace("mlm", "electra, generator: {heads: 5, ffn: 1024}"),
             "generator: heads 5 (the model has 4): it must not be larger than the model",
         ),
+        (GOOD + "  notes: {frequency: [500, 100]}\n", "frequency [500, 100]: expected the least and the most occurrences of a word, 1 <= from <= to"),
+        (
+            GOOD.replace("mlm", "causal") + "  notes: {}\nmodel: {kind: decoder}\n",
+            "pretrain.notes are of the words on both sides, which objective causal does not see: leave notes out",
+        ),
         (GOOD + "model: {hidden: 30, heads: 4}\n", "hidden 30 is not a multiple of heads 4"),
         (GOOD + "prune: {}\n", "prune needs finetune"),
         (GOOD + "finetune: {}\nprune: {time_budget: 5}\n", "prune.time_budget: the masks reach their target by steps"),
