@@ -31,7 +31,8 @@ def flops_per_token(config: TrimlineConfig, length: int, predicted: float = 1.0)
 
     Matrix products only, a multiply-add counting two. Attention scores count in full, a decoder's too (the convention of
     Chowdhery et al. 2022, appendix B). predicted: share of positions that reach the vocabulary projection; an adaptive softmax is as
-    a loss computes it, a tail for the targets in it alone.
+    a loss computes it, a tail for the targets in it alone. What positions compute once a forward pass for all its rows does not count: TUPE's
+    1.6 billion at BERT-base's shape and 512 tokens are 0.2 % of the forward pass of 8 rows.
     """
     d = config.hidden_size
     units = [4 * d * heads * config.head_dim + 2 * d * neurons for heads, neurons in zip(config.heads_per_layer, config.ffn_per_layer, strict=True)]

@@ -37,6 +37,16 @@ def test_flops_are_those_that_torch_counts(make_config, kind):
     assert size.flops_per_token(model.config, 16) * 2 * 16 == counter.get_total_flops()
 
 
+def test_tupe_computes_its_positions_once_for_all_rows_beyond_what_is_counted(make_config):
+    model = TrimlineForMaskedLM(make_config(positions="tupe-relative")).eval()
+    beyond = []
+    for rows in (2, 5):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(torch.ones(rows, 16, dtype=torch.long))
+        beyond.append(counter.get_total_flops() - size.flops_per_token(model.config, 16) * rows * 16)
+    assert beyond == [2 * (2 * 17 * 32 * 32 + 15 * 15 * 32)] * 2  # two projections of 17 rows; products of 15 positions
+
+
 def test_predicting_fewer_positions_and_training_scale_the_count(make_config):
     config = make_config()
     all_, none = size.flops_per_token(config, 16), size.flops_per_token(config, 16, predicted=0.0)
