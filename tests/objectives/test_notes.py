@@ -180,6 +180,20 @@ def test_what_a_note_says_does_not_change_the_loss_of_its_hidden_word(tokenizer,
     assert (losses[0] == losses[1]) is not read_on_masked
 
 
+@pytest.mark.parametrize(("scheme", "places"), [("absolute", True), ("tupe-absolute", False), ("tupe-relative", False)])
+def test_a_note_is_mixed_with_what_the_scheme_puts_into_the_input(scheme, places):
+    """TUPE has no positions there: tokens alone are mixed."""
+    shape = {"hidden_size": 16, "head_dim": 8, "heads_per_layer": [2], "ffn_per_layer": [16], "positions": scheme}
+    body = TrimlineModel(TrimlineConfig(vocab_size=20, **shape)).eval()
+    ids, notes, seen = torch.tensor([[7, 7, 9]]), notes_of(torch.ones(1, 16)), []
+    mix = notes.mixer(batch_of([(1, 2, 0)], 3))
+    body(ids, input_mixer=lambda x: seen.extend([x, mix(x)]) or seen[1])
+    tokens = body.embeddings.word(ids)
+    assert torch.equal(seen[0], tokens) is not places
+    torch.testing.assert_close(seen[1][0, 1], 0.5 * seen[0][0, 1] + 0.5)
+    assert torch.equal(seen[1][0, [0, 2]], seen[0][0, [0, 2]])
+
+
 # -- in training -------------------------------------------------------------------------------------------------------
 
 OBJECTIVES = [MlmSettings(mask_rate=0.4), ElectraSettings(mask_rate=0.4), MetaControllerSettings(mask_rate=0.4, options=4)]
