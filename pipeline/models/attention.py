@@ -54,73 +54,76 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.hidden_size, width)
         self.output = nn.Linear(width, config.hidden_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None, rotation: Tensor | None, packing: Packing | None, head_mask: Tensor | None) -> Tensor:
-        """x [B, L, d], or [T, d] of a packing; mask: true where a query may look, or added to the scores, broadcast to [B, heads, L, L];
-        head_mask [heads]. Returns the shape of x."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None, bias: Tensor | None, rotation: Tensor | None, packing: Packing | None, head_mask: Tensor | None
+    ) -> Tensor:
+        """x [B, L, d], or [T, d] of a packing; mask and bias: see `attend`, for the heads of the dense model; head_mask [heads].
+
+        Returns the shape of x.
+        """
         projected = [project(x) if packing is None else packing.unpack(project(x)) for project in (self.query, self.key, self.value)]
         query, key, value = (side.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for side in projected)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        if mask is not None and mask.is_floating_point():
-            mask = (mask if mask.shape[1] == len(self.kept) else mask[:, self.kept]).to(query.dtype)
-        context = attend(query, key, value, mask, self.dropout if self.training else 0.0, self.causal and mask is None, self.scale)
+        if mask is not None and bias is not None:
+            mask, bias = (side if side.shape[1] == len(self.kept) else side[:, self.kept] for side in (mask.to(query.dtype), bias))
+        context = attend(query, key, value, mask, bias, self.dropout if self.training else 0.0, self.causal and mask is None, self.scale)
         if head_mask is not None:
             context = (context * head_mask[:, None, None]).to(x.dtype)
         context = context.transpose(1, 2).flatten(2)
         return self.output(context if packing is None else packing.pack(context))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float) -> Tensor:
-    """softmax(query key^T scale + mask) value; all [B, heads, L, head_dim].
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float, causal: bool, scale: float) -> Tensor:
+    """softmax(query key^T scale + mask) value; query, key and value [B, heads, L, head_dim].
 
-    PyTorch's kernel, but for a mask that is learned, on a CPU: there it gives up its fused form, and takes half as long again as the two ways
-    here, which benchmarks/attention.py measures.
+    mask: true where a query may look, or added to the scores, broadcast to [B, heads, L, L]; then bias [1 or B, heads, L, L] is what it was made
+    of, before anything was hidden.
+    PyTorch's kernel, but for a bias that is learned, on a CPU: there it gives up its fused form, and the two ways here take less time
+    (benchmarks/attention.py).
     """
-    learned = mask is not None and mask.requires_grad and query.device.type == "cpu" and query.dtype == torch.float32
+    learned = bias is not None and bias.requires_grad and query.device.type == "cpu" and query.dtype == torch.float32
     if mask is None or not learned:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal, scale=scale)
     if not dropout:
-        return _LearnedMask.apply(query, key, value, mask, scale)
+        return _LearnedBias.apply(query, key, value, mask.detach(), bias, scale)
     rows = mask.expand(len(query), -1, -1, -1).flatten(0, 1)
     scores = torch.baddbmm(rows, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
     context = F.dropout(scores.softmax(dim=-1), dropout) @ value.flatten(0, 1)
     return context.unflatten(0, query.shape[:2])
 
 
-class _LearnedMask(torch.autograd.Function):
+class _LearnedBias(torch.autograd.Function):
     """The fused kernel forward; backward from scores computed anew, a few heads of one row at a time so that they stay in the cache.
 
-    mask [1 or B, heads, L, L] gets the gradient of the scores.
+    The gradient of the scores goes to the bias, which rows may share, and not to the mask, which has a copy for each row.
     """
 
     CELLS = 2**18
-    """Scores held at a time, of which there are four kinds: 1 MiB each."""
+    """Scores held at a time, of which there are three kinds: 1 MiB each."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-        mask = mask.detach()  # the kernel falls back where it requires a gradient
-        context = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
-        ctx.save_for_backward(query, key, value, mask, context)
-        ctx.scale = scale
-        return context
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale, ctx.shape = scale, bias.shape
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, context = ctx.saved_tensors
+        query, key, value, mask = ctx.saved_tensors
         rows, heads, length, _ = query.shape
         query = query * ctx.scale
-        mean = (grad * context).sum(dim=-1, keepdim=True)
         to_query, to_key, to_value = (torch.empty_like(side) for side in (query, key, value))
-        to_mask = torch.zeros_like(mask)
-        every_row, each_row = to_mask.expand(rows, -1, -1, -1), mask.expand(rows, -1, -1, -1)
-        together = max(1, _LearnedMask.CELLS // length**2)
+        to_bias = query.new_zeros(ctx.shape)
+        masks, biases = (side.expand(rows, -1, -1, -1) for side in (mask, to_bias))
+        together = max(1, _LearnedBias.CELLS // length**2)
         for first in range(0, heads, together):
             for row in range(rows):
                 at = row, slice(first, first + together)
-                weights = torch.baddbmm(each_row[at], query[at], key[at].transpose(1, 2)).softmax(dim=-1)
-                to_scores = torch.baddbmm(mean[at], grad[at], value[at].transpose(1, 2), beta=-1).mul_(weights)
-                every_row[at].add_(to_scores)
+                weights = torch.baddbmm(masks[at], query[at], key[at].transpose(1, 2)).softmax(dim=-1)
+                to_scores = torch._softmax_backward_data(grad[at] @ value[at].transpose(1, 2), weights, -1, weights.dtype)
+                biases[at].add_(to_scores)
                 to_value[at] = weights.transpose(1, 2) @ grad[at]
                 to_query[at] = to_scores @ key[at]
                 to_key[at] = to_scores.transpose(1, 2) @ query[at]
-        return to_query.mul_(ctx.scale), to_key, to_value, to_mask, None
+        return to_query.mul_(ctx.scale), to_key, to_value, None, to_bias, None

@@ -175,6 +175,7 @@ class Block(GradientCheckpointingLayer):
         self,
         x: Tensor,
         mask: Tensor | None,
+        bias: Tensor | None,
         rotation: Tensor | None,
         packing: Packing | None,
         head_mask: Tensor | None,
@@ -183,7 +184,7 @@ class Block(GradientCheckpointingLayer):
         """Returns the block's output and the input of its feed-forward sub-layer, both as x; None where there is no such sub-layer."""
         if self.attention is not None:
             inner = self.attention_norm(x) if self.pre else x
-            x = self._join(x, self.attention(inner, mask, rotation, packing, head_mask), self.attention_norm, head_mask)
+            x = self._join(x, self.attention(inner, mask, bias, rotation, packing, head_mask), self.attention_norm, head_mask)
         if self.feed_forward is None:
             return x, None
         inner = self.feed_forward_norm(x) if self.pre else x
@@ -282,12 +283,14 @@ class TrimlineModel(TrimlinePreTrainedModel):
         packing = self._packing(attention_mask, document_ids) if self.config.unpadded else None
         x = self.embeddings(tokens, token_type_ids, position_ids, input_mixer, packing)
         positions: Positions = self.embeddings.positions
-        mask = self._mask(positions.bias(tokens, position_ids), self._allowed(attention_mask, document_ids))
+        bias = positions.bias(tokens, position_ids)
+        bias = bias[None] if bias is not None and bias.dim() == 3 else bias
+        mask = self._mask(bias, self._allowed(attention_mask, document_ids))
         rotation = positions.rotation(tokens, position_ids)
         states, memory = [x], None
         for layer, block in enumerate(self.layers):
             head_mask, neuron_mask = self._row(masks, "heads", layer), self._row(masks, "neurons", layer)
-            x, feed_forward_input = block(x, mask, rotation, packing, head_mask, neuron_mask)
+            x, feed_forward_input = block(x, mask, bias, rotation, packing, head_mask, neuron_mask)
             memory = memory if feed_forward_input is None else feed_forward_input
             states.append(x)
         if self.norm is not None:
@@ -330,8 +333,6 @@ class TrimlineModel(TrimlinePreTrainedModel):
         """
         if bias is None:
             return allowed
-        if bias.dim() == 3:
-            bias = bias[None]
         if allowed is None and self.config.kind == "decoder":
             allowed = _past(bias)
         return bias if allowed is None else torch.where(allowed, bias, torch.finfo(bias.dtype).min)

@@ -17,34 +17,36 @@ DECODERS = ("absolute", "sinusoidal", "rope", "alibi")
 KINDS = [*((scheme, "encoder") for scheme in SCHEMES), *((scheme, "decoder") for scheme in DECODERS)]
 
 
-@pytest.mark.parametrize("mask_rows", [1, 3])
+@pytest.mark.parametrize("bias_rows", [1, 3])
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])
 @pytest.mark.parametrize("cells", [1, 100, 2**18])
-def test_a_learned_mask_has_the_kernels_result_and_gradients(monkeypatch, mask_rows, dropout, cells):
+def test_a_learned_bias_has_the_kernels_result_and_gradients(monkeypatch, bias_rows, dropout, cells):
     """However many heads are held at a time; hidden keys get none."""
-    monkeypatch.setattr(attention._LearnedMask, "CELLS", cells)
-    shapes = [(3, 4, 7, 8)] * 3 + [(mask_rows, 4, 7, 7)]
+    monkeypatch.setattr(attention._LearnedBias, "CELLS", cells)
+    shapes = [(3, 4, 7, 8)] * 3 + [(bias_rows, 4, 7, 7)]
     ours, kernels = ([torch.randn(shape, generator=torch.Generator().manual_seed(at)) for at, shape in enumerate(shapes)] for _ in range(2))
-    for inputs in (ours, kernels):
-        inputs[3][:, :, :, 5] = torch.finfo(torch.float32).min
-        for tensor in inputs:
-            tensor.requires_grad_()
-    out = attend(*ours, dropout, False, 0.3)
-    expected = scaled_dot_product_attention(*kernels, scale=0.3)
+    for tensor in (*ours, *kernels):
+        tensor.requires_grad_()
+    hidden = torch.arange(7) >= torch.tensor([[7], [5], [6]])[:, None, None]
+    out, expected = (
+        way(*inputs[:3], inputs[3].masked_fill(hidden, torch.finfo(torch.float32).min), *rest, scale=0.3)
+        for way, inputs, rest in ((attend, ours, (ours[3], dropout, False)), (scaled_dot_product_attention, kernels, ()))
+    )
     torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
     (out * weights).sum().backward()
     (expected * weights).sum().backward()
     for one, other in zip(ours, kernels, strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
-    assert not ours[3].grad[..., 5].any()
+    if bias_rows == 3:
+        assert not ours[3].grad[hidden.expand(3, 4, 7, 7)].any()
 
 
-def test_attention_drops_out_probabilities_of_a_learned_mask(make_config):
+def test_attention_drops_out_probabilities_beside_a_learned_bias(make_config):
     inputs = [torch.randn(2, 4, 50, 8) for _ in range(2)]
-    mask = torch.randn(1, 4, 50, 50, requires_grad=True)
+    bias = torch.randn(1, 4, 50, 50, requires_grad=True)
     value = torch.ones(2, 4, 50, 8)
-    out = attend(*inputs, value, mask, 0.3, False, 0.3)  # sums of probabilities, of which some are gone and others grown
+    out = attend(*inputs, value, bias, bias, 0.3, False, 0.3)  # sums of probabilities, of which some are gone and others grown
     assert out.std() > 0.05
     assert out.mean().item() == pytest.approx(1, abs=0.05)
 

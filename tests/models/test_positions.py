@@ -156,7 +156,7 @@ def test_the_gradient_of_the_bias_is_the_sum_over_layers_and_rows(make_config, r
     def gradient(ids, mask, layers):
         model.zero_grad()
         hooks = [
-            block.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1].detach(), *inputs[2:]))
+            block.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1].detach(), inputs[2].detach(), *inputs[3:]))
             for number, block in enumerate(model.layers)
             if number not in layers
         ]
