@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from pipeline import objectives
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineModel
 from pipeline.objectives.electra import Electra
-from pipeline.objectives.settings import ElectraSettings
+from pipeline.objectives.notes import Notes
+from pipeline.objectives.settings import ElectraSettings, NotesSettings
 from tests.objectives.test_mlm import MASK, batch_of
 
 SHAPE = TrimlineConfig(vocab_size=200, hidden_size=24, head_dim=8, heads_per_layer=[3, 3], ffn_per_layer=[30, 30], dropout=0.0, initializer_range=0.2)
@@ -107,3 +108,40 @@ def test_a_temperature_near_0_draws_the_likeliest_token(tokenizer):
     assert len(drawn.unique()) < 5, "the bias alone prefers a few tokens"
     drawn_hot = pair(tokenizer, generator={"temperature": 100.0})[1].fill_in(model, None, batch, 0, batch["labels"] != -100)[1]
     assert len(drawn_hot.unique()) > 40
+
+
+def noted(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With a rare word of one token, number 1, at place 10 of each row; it is never hidden."""
+    word = torch.arange(64).expand_as(batch["input_ids"]).masked_fill(batch["attention_mask"] == 0, -1)
+    occurrences = torch.tensor([[[1, 10, 11, 1, 63]]]).expand(len(word), -1, -1)
+    note = torch.full_like(word, -1)
+    note[:, 10] = 1
+    shown = torch.where(batch["labels"][:, 10] == -100, batch["input_ids"][:, 10], batch["labels"][:, 10])
+    ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
+    ids[:, 10], labels[:, 10] = shown, -100
+    return {**batch, "input_ids": ids, "labels": labels, "word": word, "note": note, "occurrences": occurrences}
+
+
+def test_notes_are_read_by_both_networks_and_written_from_the_filled_in_rows(tokenizer):
+    found = {}
+    for weight in (None, 0.0, 0.5):
+        model, objective = pair(tokenizer)
+        batch = noted(objective.prepare(batch_of([64] * 4), 0))
+        if weight is not None:
+            objective.take_notes(Notes(NotesSettings(weight=weight, decay=1.0, window=0), 3, 24, seed=1))
+            objective.notes.table.normal_()
+        found[weight] = {name: loss.item() for name, loss in objective(model, batch, 0).items()}
+    assert found[None] == found[0.0]
+    assert all(found[0.5][name] != found[None][name] for name in ("mlm", "discriminate"))
+    assert not any("notes" in name for name, _ in objective.named_modules())
+
+    hidden, before = batch["labels"] != -100, objective.notes.table.clone()
+    _, drawn = objective.fill_in(model, None, batch, 0, hidden)
+    corrupted = batch["input_ids"].masked_scatter(hidden, drawn)
+    states = model(corrupted, batch["attention_mask"], input_mixer=objective.notes.mixer(batch)).last_hidden_state
+    projected = objective.generator.project(before[1])
+    mixed = objective.notes.mixer(batch, objective.generator.project)(torch.zeros(4, 64, 8))
+    torch.testing.assert_close(mixed[:, 10], (0.5 * projected).expand(4, -1))
+    number, taken, _ = objective.notes._taken[0]
+    assert number.tolist() == [1] * 4
+    torch.testing.assert_close(taken, states[:, 10])
