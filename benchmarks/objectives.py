@@ -85,6 +85,8 @@ def step_of(way: dict[str, Any], shape: dict[str, Any], layers: int, options: ar
     batch = objective.prepare(batch_of(shape["vocabulary"], options.rows, shape["length"], device), 0)
 
     def step() -> None:
+        for parameter in (*model.parameters(), *objective.parameters()):
+            parameter.grad = None
         if objective.notes is not None:
             objective.notes.before_step(0)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class _CandidateScores(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None
 
 
-def _chunks(weight: Tensor, candidates: Tensor, dtype: torch.dtype) -> Any:
+def _chunks(weight: Tensor, candidates: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Slices of positions, and the embeddings [n, k, d] of their candidates."""
     size = CHUNK if candidates.device.type == "cpu" else 16 * CHUNK
     for start in range(0, len(candidates), size):
