@@ -72,10 +72,10 @@ def make(arm: Arm, tasks: Sequence[GlueName], task_seeds: Sequence[int], logs: P
 
 
 def measured(arm: Arm) -> Curves:
-    found: Curves = {f"probe {shown}": {step: probe(arm, step, shown) for step in (0, *arm.points(arm.size.probes))} for shown in PROBES}
+    found: Curves = {}
     if arm.kind.objective["name"] == "mlm":
         found["value"] = {step: value(arm, step) for step in (0, *arm.points(arm.size.values))}
-    return found
+    return found | {f"probe {shown}": {step: probe(arm, step, shown) for step in (0, *arm.points(arm.size.probes))} for shown in PROBES}
 
 
 def with_notes(arm: Arm) -> float | None:
@@ -85,8 +85,8 @@ def with_notes(arm: Arm) -> float | None:
 
 
 def tasks_of(arm: Arm, tasks: Sequence[GlueName], task_seeds: Sequence[int]) -> dict[str, dict[int, list[float]]]:
-    """Task -> step -> scores by seed, in percent."""
-    points = arm.points(arm.size.finetuned)
+    """Task -> step -> scores by seed, in percent; of the first baseline, those before any training too."""
+    points = [0] * (arm.name == arm.size.baselines[0]) + arm.points(arm.size.finetuned)
     return {task: {step: [finetuned(arm, step, task, seed) for seed in task_seeds] for step in points} for task in tasks}
 
 
@@ -147,21 +147,26 @@ class Found:
         return min(found, key=lambda baseline: statistics.mean(self.ends(baseline, measure))) if found else None
 
     def ratio(self, name: str) -> float:
-        """Time of a step over plain's."""
-        return self.times[name] / self.times["plain"] if {"plain", name} <= set(self.times) else math.nan
+        """Time of a step over that of the first baseline there is."""
+        first = next((baseline for baseline in self.size.baselines if baseline in self.times), None)
+        return math.nan if first is None else self.times[name] / self.times[first]
 
 
 def quality(found: Found, tasks: Sequence[GlueName]) -> None:
     rows = []
-    for name in found.names:
-        cells = [mean(found.ends(name, measure)) for measure in MEASURES]
+    points = [("untrained", found.size.baselines[0], 0)] * (found.size.baselines[0] in found.names)
+    for label, name, step in (*points, *((name, name, -1) for name in found.names)):
+        cells = []
+        for measure in MEASURES:
+            curves = [curve for seed in found.seeds if (curve := found.curves[name, seed].get(measure))]
+            cells.append(mean([curve[step if step == 0 else max(curve)] for curve in curves]))
         for task in tasks:
-            scores = [found.tasks[name, seed][task] for seed in found.seeds]
-            cells.append(mean([score for by_step in scores for score in by_step[max(by_step)]], 1))
-        time = [f"{found.times[name]:.0f}", f"{found.ratio(name):.2f}"] if name in found.times else ["", ""]
-        rows.append([name, *cells, *time])
+            by_step = [found.tasks[name, seed][task] for seed in found.seeds]
+            cells.append(mean([score for scores in by_step for score in scores[step if step == 0 else max(scores)]], 1))
+        time = [f"{found.times[name]:.0f}", f"{found.ratio(name):.2f}"] if step and name in found.times else ["", ""]
+        rows.append([label, *cells, *time])
     print("\nAt the end of training, mean ± standard deviation over seeds (of tasks: over those of training and fine-tuning)")
-    table(["arm", *MEASURES, *tasks, "ms a step", "of plain"], rows)
+    table(["arm", *MEASURES, *tasks, "ms a step", "of the first"], rows)
 
 
 def equal_time(found: Found) -> None:

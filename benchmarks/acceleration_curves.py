@@ -33,7 +33,7 @@ def at(curve: Curve, step: float) -> float:
 
 
 def draw(curves: Curves, times: Mapping[str, float], path: Path) -> None:
-    """One row of panels by steps and, where times are known, one by time; a colour an arm, its seeds averaged."""
+    """One row of panels by steps and, where times are known, one by time; a colour an arm, its seeds averaged; warm arms are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +42,8 @@ def draw(curves: Curves, times: Mapping[str, float], path: Path) -> None:
     measures = list(dict.fromkeys(measure for found in curves.values() for measure in found))
     names = list(dict.fromkeys(name for name, _ in curves))
     axes = [None, *([times] if times else [])]
-    figure, panels = pyplot.subplots(len(axes), len(measures), figsize=(5.5 * len(measures), 4.5 * len(axes)), squeeze=False)
+    size = (5 * len(measures) + 2.5, 4 * len(axes))
+    figure, panels = pyplot.subplots(len(axes), len(measures), figsize=size, squeeze=False, layout="constrained")
     colours = {name: pyplot.get_cmap("turbo")(number / max(len(names) - 1, 1)) for number, name in enumerate(names)}
     for row, axis in zip(panels, axes, strict=True):
         for panel, measure in zip(row, measures, strict=True):
@@ -52,12 +53,12 @@ def draw(curves: Curves, times: Mapping[str, float], path: Path) -> None:
                     continue
                 steps = sorted(set(found[0]) - {0})
                 x = [step * (axis[name] / 1000 if axis else 1) for step in steps]
-                panel.plot(x, [statistics.mean(curve[step] for curve in found) for step in steps], color=colours[name], label=name)
+                y = [statistics.mean(curve[step] for curve in found) for step in steps]
+                panel.plot(x, y, color=colours[name], label=name, linestyle="--" if name.startswith("warm") else "-")
             panel.set_xlabel("seconds of one thread" if axis else "steps")
             panel.set_ylabel(f"{measure}, nats")
             panel.grid(alpha=0.3)
     figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside right center", fontsize="small")
-    figure.tight_layout(rect=(0, 0, 0.88, 1))
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
