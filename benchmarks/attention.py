@@ -18,7 +18,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.evaluation.speed import device_name
 from pipeline.models import attention
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineModel
-from pipeline.models.positions import SCHEMES, UntiedPositions
+from pipeline.models.positions import SCHEMES
 
 LEARNED = ("absolute-relative", "tupe-absolute", "tupe-relative")
 PLAIN = ("absolute", "ours")
@@ -53,7 +53,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tenso
 @contextmanager
 def folded(model: TrimlineModel) -> Iterator[None]:
     """TUPE-A without a bias: queries [q; p U_Q; cls; others], keys [k; p U_K; theta_1; theta_2 at cls], nothing of p at [CLS]."""
-    scheme: UntiedPositions = model.embeddings.positions
+    scheme: Any = model.embeddings.positions
     more: list[Tensor] = []
 
     def bias(tokens: Tensor, position_ids: Tensor | None) -> None:
@@ -68,8 +68,8 @@ def folded(model: TrimlineModel) -> Iterator[None]:
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor | None, dropout: float, causal: bool, scale: float) -> Tensor:
         longer = [torch.cat([side, extra.to(side).expand(len(side), -1, -1, -1)], dim=-1) for side, extra in zip((query, key), more, strict=True)]
         width = (longer[0].shape[-1] + 7) // 8 * 8
-        inputs = [F.pad(side, (0, width - side.shape[-1])) for side in (*longer, value)]
-        return F.scaled_dot_product_attention(*inputs, mask, dropout, scale=scale)[..., : value.shape[-1]]
+        query, key, padded = (F.pad(side, (0, width - side.shape[-1])) for side in (*longer, value))
+        return F.scaled_dot_product_attention(query, key, padded, mask, dropout, scale=scale)[..., : value.shape[-1]]
 
     with mock.patch.object(scheme, "bias", bias), mock.patch.object(attention, "attend", attend):
         yield
@@ -86,7 +86,7 @@ def step(model: TrimlineModel, way: str, batch: dict[str, Tensor], dtype: torch.
     return hidden.detach().float()
 
 
-def timed(arms: dict[Any, Callable[[], object]], rounds: int, device: torch.device) -> dict[Any, list[float]]:
+def timed(arms: Mapping[Any, Callable[[], object]], rounds: int, device: torch.device) -> dict[Any, list[float]]:
     """Seconds of each arm in each round, after one that does not count."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     times: dict[Any, list[float]] = {arm: [] for arm in arms}
