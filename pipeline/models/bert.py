@@ -64,7 +64,12 @@ DECODER_BIAS, VOCABULARY_BIAS = "cls.predictions.decoder.bias", "cls.predictions
 def is_bert_shaped(config: TrimlineConfig) -> bool:
     """Whether stock BERT can hold the model: a post-norm encoder with absolute positions and nothing pruned away."""
     uniform = len(set(config.heads_per_layer)) == 1 and len(set(config.ffn_per_layer)) == 1
-    whole = uniform and config.heads_per_layer[0] * config.head_dim == config.hidden_size and config.ffn_per_layer[0] > 0
+    whole = (
+        uniform
+        and config.full_hidden_size is None
+        and config.heads_per_layer[0] * config.head_dim == config.hidden_size
+        and config.ffn_per_layer[0] > 0
+    )
     plain = config.activation == "gelu" and config.activation_dropout == 0 and not config.scale_embeddings
     return whole and plain and config.vocab_size > 0 and (config.kind, config.norm, config.positions) == ("encoder", "post", "absolute")
 

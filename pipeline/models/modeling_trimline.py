@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,17 @@ from transformers.utils import ModelOutput
 
 from .adaptive import AdaptiveEmbedding, AdaptiveHead
 from .attention import Attention, Packing
-from .positions import SCHEMES, Positions, positions_within
+from .positions import SCHEMES, Positions, full_width, positions_within
 
 Masks = dict[str, Tensor]
-"""`heads` [layers, heads] multiplies each head's context, `neurons` [layers, ffn] each neuron's output (CoFi: z_head, z_int).
+"""CoFi's masks (Xia et al. 2022, section 3.1), any of them: `heads` [layers, heads] multiplies each head's context (z_head), `neurons` [layers, ffn]
+each neuron's output (z_int), `attention` and `feedforward` [layers] what their sub-layer adds (z_MHA, z_FFN), `hidden` [d] whatever is written
+to the residual stream (z_hidn), whose LayerNorms then run over its dimensions that are not 0.
 
-Entries past a layer's own width are ignored. A layer whose row is all zero acts as if its sub-layer were removed,
-residual LayerNorm included, so that masking and removing give the same output.
+Entries past a layer's own width are ignored. A sub-layer whose mask is 0, or whose units are all 0, acts as if it were removed, residual LayerNorm
+included, so that masking and removing give the same output.
 """
+UNITS = frozenset({"heads", "neurons", "attention", "feedforward", "hidden"})
 Mixer = Callable[[Tensor], Tensor]
 """Takes the sum of token and position vectors [B, L, d] before token types and LayerNorm, and gives what goes on in its place."""
 
@@ -36,7 +39,8 @@ class TrimlineConfig(PretrainedConfig):
     """Shape of a model.
 
     heads_per_layer, ffn_per_layer: heads and feed-forward neurons of each layer; 0 means the sub-layer is gone. heads_kept: where a layer has
-    lost heads to pruning, the numbers of those it kept, None where it has all; positions that differ by head need them.
+    lost heads to pruning, the numbers of those it kept, None where it has all; positions that differ by head need them. full_hidden_size: the width
+    before dimensions of it were pruned, which the pooler and untied positions still have; None where it is `hidden_size`.
     kind: `encoder` or `decoder`. norm: LayerNorm `post` (BERT) or `pre` (GPT-2) each sub-layer.
     positions: name of a scheme in `positions.SCHEMES`; untie_cls: see `UntiedPositions` there. type_vocab_size: token types (BERT's segments A
     and B), 0 for none.
@@ -55,6 +59,7 @@ class TrimlineConfig(PretrainedConfig):
         heads_per_layer: list[int] | tuple[int, ...] = (4, 4, 4, 4),
         ffn_per_layer: list[int] | tuple[int, ...] = (1024, 1024, 1024, 1024),
         heads_kept: list[list[int] | None] | None = None,
+        full_hidden_size: int | None = None,
         kind: str = "encoder",
         norm: str = "post",
         positions: str = "absolute",
@@ -86,6 +91,7 @@ class TrimlineConfig(PretrainedConfig):
         self.heads_per_layer = list(heads_per_layer)
         self.ffn_per_layer = list(ffn_per_layer)
         self.heads_kept = heads_kept
+        self.full_hidden_size = full_hidden_size
         self.kind = kind
         self.norm = norm
         self.positions = positions
@@ -156,6 +162,29 @@ class FeedForward(nn.Module):
         return self.down(F.dropout(neurons, self.dropout, self.training))
 
 
+class Norm(nn.LayerNorm):
+    """LayerNorm; with a mask on the dimensions, over those that are not 0, and times the mask."""
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        if hidden is None:
+            return super().forward(x)
+        kept = (hidden != 0).float()
+        count = kept.sum().clamp(min=1)
+        centred = (x.float() - (x.float() * kept).sum(-1, keepdim=True) / count) * kept
+        scale = torch.rsqrt(centred.square().sum(-1, keepdim=True) / count + self.eps)
+        return ((centred * scale * self.weight + self.bias) * hidden).to(x.dtype)
+
+
+class LayerMasks(NamedTuple):
+    """The masks of one layer: [heads], [neurons], two scalars, [d]; None where nothing is masked."""
+
+    heads: Tensor | None
+    neurons: Tensor | None
+    attention: Tensor | None
+    feedforward: Tensor | None
+    hidden: Tensor | None
+
+
 class Block(GradientCheckpointingLayer):
     """Attention, then feed-forward, each with its residual and LayerNorm; a sub-layer of no units is left out with its LayerNorm."""
 
@@ -166,34 +195,33 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.pre = config.norm == "pre"
         self.attention = Attention(config, heads, kept) if heads else None
-        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if heads else None
+        self.attention_norm = Norm(config.hidden_size, config.layer_norm_eps) if heads else None
         self.feed_forward = FeedForward(config, neurons) if neurons else None
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if neurons else None
+        self.feed_forward_norm = Norm(config.hidden_size, config.layer_norm_eps) if neurons else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        rotation: Tensor | None,
-        packing: Packing | None,
-        head_mask: Tensor | None,
-        neuron_mask: Tensor | None,
+        self, x: Tensor, mask: Tensor | None, bias: Tensor | None, rotation: Tensor | None, packing: Packing | None, masks: LayerMasks
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the block's output and the input of its feed-forward sub-layer, both as x; None where there is no such sub-layer."""
         if self.attention is not None:
-            inner = self.attention_norm(x) if self.pre else x
-            x = self._join(x, self.attention(inner, mask, bias, rotation, packing, head_mask), self.attention_norm, head_mask)
+            inner = self.attention_norm(x, masks.hidden) if self.pre else x
+            update = self.attention(inner, mask, bias, rotation, packing, masks.heads)
+            x = self._join(x, update, self.attention_norm, masks.heads, masks.attention, masks.hidden)
         if self.feed_forward is None:
             return x, None
-        inner = self.feed_forward_norm(x) if self.pre else x
-        return self._join(x, self.feed_forward(inner, neuron_mask), self.feed_forward_norm, neuron_mask), inner
+        inner = self.feed_forward_norm(x, masks.hidden) if self.pre else x
+        update = self.feed_forward(inner, masks.neurons)
+        return self._join(x, update, self.feed_forward_norm, masks.neurons, masks.feedforward, masks.hidden), inner
 
-    def _join(self, x: Tensor, update: Tensor, norm: nn.Module, mask: Tensor | None) -> Tensor:
-        joined = x + self.dropout(update) if self.pre else norm(x + self.dropout(update))
+    def _join(self, x: Tensor, update: Tensor, norm: nn.Module, units: Tensor | None, layer: Tensor | None, hidden: Tensor | None) -> Tensor:
+        for factor in (layer, hidden):
+            update = update if factor is None else (update * factor).to(x.dtype)
+        joined = x + self.dropout(update) if self.pre else norm(x + self.dropout(update), hidden)
         # Without the choice, the output bias and the LayerNorm of a fully masked sub-layer would still act.
-        return joined if mask is None else torch.where((mask != 0).any(), joined, x)
+        for alive in (units, layer):
+            joined = joined if alive is None else torch.where((alive != 0).any(), joined, x)
+        return joined
 
 
 class Embeddings(nn.Module):
@@ -210,11 +238,17 @@ class Embeddings(nn.Module):
         self.scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
         self.positions = SCHEMES[config.positions](config)
         self.types = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "post" else None
+        self.norm = Norm(config.hidden_size, config.layer_norm_eps) if config.norm == "post" else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, tokens: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, input_mixer: Mixer | None, packing: Packing | None
+        self,
+        tokens: Tensor,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        input_mixer: Mixer | None,
+        packing: Packing | None,
+        hidden: Tensor | None,
     ) -> Tensor:
         """tokens: int64 [B, L], or their vectors [B, L, d]. Returns [B, L, d], or [T, d] of the packing."""
         x = self.positions.embed((tokens if tokens.is_floating_point() else self.word(tokens)) * self.scale, position_ids)
@@ -224,7 +258,9 @@ class Embeddings(nn.Module):
             x = x + self.types(tokens.new_zeros(tokens.shape[:2], dtype=torch.int64) if token_type_ids is None else token_type_ids)
         if packing is not None:
             x = packing.pack(x)
-        return self.dropout(x if self.norm is None else self.norm(x))
+        if hidden is not None:
+            x = (x * hidden).to(x.dtype)
+        return self.dropout(x if self.norm is None else self.norm(x, hidden))
 
 
 class TrimlinePreTrainedModel(PreTrainedModel):
@@ -244,8 +280,8 @@ class TrimlineModel(TrimlinePreTrainedModel):
         kept = config.heads_kept or [None] * len(config.heads_per_layer)
         layers = zip(config.heads_per_layer, config.ffn_per_layer, kept, strict=True)
         self.layers = nn.ModuleList(Block(config, *layer) for layer in layers)
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "pre" and config.final_norm else None
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer and config.kind == "encoder" else None
+        self.norm = Norm(config.hidden_size, config.layer_norm_eps) if config.norm == "pre" and config.final_norm else None
+        self.pooler = nn.Linear(config.hidden_size, full_width(config)) if add_pooling_layer and config.kind == "encoder" else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -273,15 +309,15 @@ class TrimlineModel(TrimlinePreTrainedModel):
         attention then stays inside it and its positions start anew. An encoder's [cls], of the first document, sees that one alone.
         """
         masks = masks or {}
-        if unknown := masks.keys() - {"heads", "neurons"}:
-            raise ValueError(f"masks has {sorted(unknown)}; known are heads and neurons")
+        if unknown := masks.keys() - UNITS:
+            raise ValueError(f"masks has {sorted(unknown)}; known are {', '.join(sorted(UNITS))}")
         if document_ids is not None and position_ids is None:
             position_ids = positions_within(document_ids)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("give input_ids or inputs_embeds")
         packing = self._packing(attention_mask, document_ids) if self.config.unpadded else None
-        x = self.embeddings(tokens, token_type_ids, position_ids, input_mixer, packing)
+        x = self.embeddings(tokens, token_type_ids, position_ids, input_mixer, packing, masks.get("hidden"))
         positions: Positions = self.embeddings.positions
         bias = positions.bias(tokens, position_ids)
         bias = bias[None] if bias is not None and bias.dim() == 3 else bias
@@ -289,12 +325,11 @@ class TrimlineModel(TrimlinePreTrainedModel):
         rotation = positions.rotation(tokens, position_ids)
         states, memory = [x], None
         for layer, block in enumerate(self.layers):
-            head_mask, neuron_mask = self._row(masks, "heads", layer), self._row(masks, "neurons", layer)
-            x, feed_forward_input = block(x, mask, bias, rotation, packing, head_mask, neuron_mask)
+            x, feed_forward_input = block(x, mask, bias, rotation, packing, self._of_layer(masks, layer))
             memory = memory if feed_forward_input is None else feed_forward_input
             states.append(x)
         if self.norm is not None:
-            states[-1] = x = self.norm(x)
+            states[-1] = x = self.norm(x, masks.get("hidden"))
         memory = x if memory is None else memory
         if packing is not None:
             x, memory = packing.unpack(x), packing.unpack(memory)
@@ -306,9 +341,11 @@ class TrimlineModel(TrimlinePreTrainedModel):
             memory_states=memory,
         )
 
-    def _row(self, masks: Masks, unit: str, layer: int) -> Tensor | None:
-        width = (self.config.heads_per_layer if unit == "heads" else self.config.ffn_per_layer)[layer]
-        return masks[unit][layer, :width] if unit in masks and width else None
+    def _of_layer(self, masks: Masks, layer: int) -> LayerMasks:
+        widths = {"heads": self.config.heads_per_layer[layer], "neurons": self.config.ffn_per_layer[layer]}
+        heads, neurons = (masks[unit][layer, :width] if unit in masks and width else None for unit, width in widths.items())
+        attention, feedforward = (masks[unit][layer] if unit in masks else None for unit in ("attention", "feedforward"))
+        return LayerMasks(heads, neurons, attention, feedforward, masks.get("hidden"))
 
     def _allowed(self, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
         """Boolean [B, 1, 1 or L, L], true where a query may look at a key; None where there is nothing to hide but a decoder's future."""
@@ -348,11 +385,11 @@ class MaskedLMHead(nn.Module):
     def __init__(self, config: TrimlineConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm = Norm(config.hidden_size, config.layer_norm_eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.dense(x))))
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return self.decoder(self.norm(F.gelu(self.dense(x)), hidden))
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -385,7 +422,7 @@ class TrimlineForMaskedLM(TrimlinePreTrainedModel):
         if labels is not None:
             labelled = labels != -100
             x, labels = x[labelled], labels[labelled]
-        logits = self.head(x)
+        logits = self.head(x, (inputs.get("masks") or {}).get("hidden"))
         if labels is not None:
             loss = mean_cross_entropy(logits, labels)
         return TrimlineHeadOutput(loss, logits, body.last_hidden_state, body.hidden_states, body.memory_states)
@@ -441,7 +478,7 @@ class TrimlineForSequenceClassification(TrimlinePreTrainedModel):
         assert config.num_labels is not None
         self.model = TrimlineModel(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(full_width(config), config.num_labels)
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **inputs: Any) -> TrimlineHeadOutput:

@@ -186,10 +186,10 @@ class UntiedPositions(Positions):
         super().__init__(config)
         self.head_dim, self.untie_cls = config.head_dim, config.untie_cls
         width = attention_heads(config) * config.head_dim
-        self.table = nn.Embedding(config.max_position_embeddings + self.untie_cls, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.query = nn.Linear(config.hidden_size, width)
-        self.key = nn.Linear(config.hidden_size, width)
+        self.table = nn.Embedding(config.max_position_embeddings + self.untie_cls, full_width(config))
+        self.norm = nn.LayerNorm(full_width(config), config.layer_norm_eps)
+        self.query = nn.Linear(full_width(config), width)
+        self.key = nn.Linear(full_width(config), width)
 
     def bias(self, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
         length = tokens.shape[1]
@@ -238,7 +238,12 @@ SCHEMES: dict[str, type[Positions]] = {
 
 def attention_heads(config: Any) -> int:
     """Heads of a layer before any pruning: those that a bias is made for."""
-    return config.hidden_size // config.head_dim
+    return full_width(config) // config.head_dim
+
+
+def full_width(config: Any) -> int:
+    """Of the residual stream, before any pruning."""
+    return config.full_hidden_size or config.hidden_size
 
 
 def relative_buckets(distance: Tensor, *, num_buckets: int = BUCKETS, max_distance: int = MAX_DISTANCE) -> Tensor:

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineForSequenceClassification
+from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineForCausalLM, TrimlineForSequenceClassification
 
 
 @pytest.fixture
 def encoder():
-    """Makes a classifier of 3 layers (4 heads of 8, 48 neurons) with weights large enough for every unit to show in the logits."""
+    """Makes a model of 3 layers (4 heads of 8, 48 neurons) with weights large enough for every unit to show in the logits."""
 
-    def make(norm="post", labels=3, dropout=0.0, seed=0, positions="absolute"):
+    def make(norm="post", labels=3, dropout=0.0, seed=0, positions="absolute", kind=TrimlineForSequenceClassification):
         torch.manual_seed(seed)
         config = TrimlineConfig(
             vocab_size=50,
@@ -16,6 +16,7 @@ def encoder():
             head_dim=8,
             heads_per_layer=[4, 4, 4],
             ffn_per_layer=[48, 48, 48],
+            kind="decoder" if kind is TrimlineForCausalLM else "encoder",
             norm=norm,
             positions=positions,
             dropout=dropout,
@@ -23,7 +24,7 @@ def encoder():
             initializer_range=0.2,
             num_labels=labels,
         )
-        model = TrimlineForSequenceClassification(config).eval()
+        model = kind(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):

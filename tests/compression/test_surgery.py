@@ -5,7 +5,13 @@ import torch
 
 from pipeline.compression.sparsity import Prunable
 from pipeline.compression.surgery import remove, structure, table
-from pipeline.models.modeling_trimline import TrimlineForSequenceClassification
+from pipeline.errors import UserError
+from pipeline.models.modeling_trimline import (
+    TrimlineForCausalLM,
+    TrimlineForMaskedLM,
+    TrimlineForQuestionAnswering,
+    TrimlineForSequenceClassification,
+)
 from pipeline.models.positions import SCHEMES
 from pipeline.models.size import block_parameters, parameters
 
@@ -101,3 +107,59 @@ def test_positions_are_not_what_is_pruned(encoder):
     plain, untied = encoder(), encoder(positions="tupe-relative")
     assert Prunable.of(plain.config) == Prunable.of(untied.config)
     assert block_parameters(plain.config) == block_parameters(untied.config)
+
+
+def masks_of_every_unit(model, seed, units):
+    """A third of everything at 0, layers among it, the rest between 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = Prunable.of(model.config).shapes
+    drawn = {unit: torch.rand(shapes[unit], generator=generator) for unit in shapes}
+    return {unit: torch.where(drawn[unit] < 0.35, 0.0, drawn[unit]) for unit in units}
+
+
+ENCODERS = (TrimlineForSequenceClassification, TrimlineForMaskedLM, TrimlineForQuestionAnswering)
+UNITS = ("heads", "neurons", "attention", "feedforward", "hidden")
+WITH_DIMENSIONS = [scheme for scheme in SCHEMES if scheme != "sinusoidal"]
+MODELS = [(kind, norm, scheme) for kind in ENCODERS for norm in ("post", "pre") for scheme in WITH_DIMENSIONS]
+MODELS += [(TrimlineForCausalLM, "pre", scheme) for scheme in WITH_DIMENSIONS if "decoder" in SCHEMES[scheme].kinds]
+
+
+@pytest.mark.parametrize(("kind", "norm", "positions"), MODELS, ids=lambda value: getattr(value, "__name__", value))
+def test_masks_of_every_unit_are_folded_exactly(encoder, kind, norm, positions):
+    for seed in range(4):
+        model, inputs = encoder(norm, positions=positions, kind=kind, seed=seed), batch()
+        masks = masks_of_every_unit(model, seed, UNITS)
+        removed = remove(model, masks)
+        again = kind(removed.config).eval()
+        again.load_state_dict(removed.state_dict())
+        with torch.no_grad():
+            found, expected, whole = (
+                output["start_logits"] if "start_logits" in output else output["logits"]
+                for output in (again(**inputs), model(**inputs, masks=masks), model(**inputs))
+            )
+        assert removed.config.hidden_size == int((masks["hidden"] != 0).sum()) < 32
+        real = slice(None) if found.shape[:2] != inputs["attention_mask"].shape else inputs["attention_mask"] == 1
+        torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+        assert (whole - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("units", [("attention",), ("feedforward",), ("hidden",), ("attention", "heads"), ("feedforward", "hidden")])
+def test_any_units_alone_are_folded_exactly(encoder, units):
+    model, inputs = encoder(), batch()
+    masks = masks_of_every_unit(model, 3, units)
+    torch.testing.assert_close(remove(model, masks)(**inputs).logits, model(**inputs, masks=masks).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_whose_heads_are_all_dead_is_dead_though_its_own_mask_is_not(encoder):
+    """The official code adds the output bias and a LayerNorm there, which the removed model does not have."""
+    model, inputs = encoder(), batch()
+    masks = {"heads": torch.ones(3, 4), "attention": torch.full((3,), 0.9), "hidden": torch.ones(32)}
+    masks["heads"][1] = 0
+    removed = remove(model, masks)
+    assert removed.config.heads_per_layer == [4, 0, 4]
+    torch.testing.assert_close(removed(**inputs).logits, model(**inputs, masks=masks).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_dimensions_of_a_sinusoidal_model_stay(encoder):
+    with pytest.raises(UserError, match="sinusoidal positions are a function of the width; leave `hidden` out"):
+        remove(encoder(positions="sinusoidal"), {"hidden": torch.ones(32)})

@@ -104,7 +104,7 @@ def test_layers_may_differ_in_width_and_masks_reach_each_by_its_own(make_config,
 
 
 def test_an_unknown_mask_is_refused(make_config, rows):
-    with pytest.raises(ValueError, match=r"head.*known are heads and neurons"):
+    with pytest.raises(ValueError, match=r"head.*known are attention, feedforward, heads, hidden, neurons"):
         TrimlineModel(make_config())(*rows, masks={"head": torch.ones(2, 4)})
 
 

@@ -1,0 +1,82 @@
+"""Layer-wise distillation with a mapping found on the fly (CoFi, Xia et al. 2022, section 3.3, equation 4).
+
+Chosen layers of the teacher, a, are each matched with a layer m(a) of the student:
+
+    L_layer = sum over a of MSE(W H_student[m(a)], H_teacher[a]),   m(a) = argmin over j of MSE(W H_student[j], H_teacher[a]),
+
+W one linear map, the identity at first. The mean is over tokens that are not padding, of which the official code takes no account.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Rule = Literal["free", "ordered", "ordered_as_coded", "fixed"]
+
+
+def teacher_layers(layers: int, matched: int = 4) -> tuple[int, ...]:
+    """Of so many layers, those that are taught, counted from 0: evenly spaced up to the last. Of 12: 2, 5, 8, 11."""
+    matched = min(matched, layers)
+    return tuple(math.ceil(number * layers / matched) - 1 for number in range(1, matched + 1))
+
+
+class LayerDistillation(nn.Module):
+    """The loss, and W [teacher width, student width], which is trained with the student.
+
+    taught: the teacher's layers, from 0, rising. kept: int64 [student width], which of the teacher's dimensions a narrower student has left;
+    W begins as the identity on those.
+    """
+
+    def __init__(self, taught: Sequence[int], teacher_width: int, *, rule: Rule = "free", kept: Tensor | None = None):
+        super().__init__()
+        self.taught, self.rule = tuple(taught), rule
+        kept = torch.arange(teacher_width) if kept is None else kept
+        self.transform = nn.Linear(len(kept), teacher_width)
+        with torch.no_grad():
+            self.transform.weight.copy_(torch.eye(teacher_width)[:, kept])
+            self.transform.bias.zero_()
+
+    def forward(
+        self, teacher: Sequence[Tensor], student: Sequence[Tensor], attention_mask: Tensor, alive: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, a scalar in fp32, and m: int64 [taught].
+
+        teacher, student: each layer's output [B, L, width]; attention_mask [B, L]; alive: bool [layers], which of the student's layers have
+        a sub-layer left, None: all.
+        """
+        real = attention_mask.bool()
+        goals = [teacher[layer][real].float() for layer in self.taught]
+        made = [self.transform(state[real]).float() for state in student]
+        distances = torch.stack([torch.stack([(state - goal).square().mean() for state in made]) for goal in goals])
+        matched = match(distances.detach(), self.rule, self.taught, alive)
+        return distances.gather(1, matched[:, None]).sum(), matched
+
+
+def match(distances: Tensor, rule: Rule, taught: Sequence[int], alive: Tensor | None = None) -> Tensor:
+    """m(a) of each taught layer: int64 [taught]. distances [taught, layers]; alive: bool [layers].
+
+    free: the nearest layer. ordered: from the top down the nearest of those alive below the layer matched before; where there is none, that layer
+    again. fixed: the layer of the same number. ordered_as_coded: `ordered` as in the official code, whose test for life falls on the rank in
+    distance instead of on the layer, so that it may take a dead one.
+    """
+    layers = distances.shape[1]
+    alive = torch.ones(layers, dtype=torch.bool, device=distances.device) if alive is None else alive.to(distances.device)
+    if rule == "free":
+        return distances.argmin(dim=1)
+    if rule == "fixed":
+        return torch.tensor(taught, device=distances.device)
+    found, before = [], torch.tensor(layers, device=distances.device)
+    places = torch.arange(layers, device=distances.device)
+    for row in distances.flip(0):
+        nearest = row.argsort(stable=True)
+        fit = (alive if rule == "ordered_as_coded" else alive[nearest]) & (nearest < before)
+        first = torch.where(fit, places, layers).min()
+        again = before.clamp(max=layers - 1)
+        before = torch.where(first < layers, nearest[first.clamp(max=layers - 1)], again)
+        found.append(before)
+    return torch.stack(found[::-1])
