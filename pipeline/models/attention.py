@@ -6,6 +6,7 @@ Depends on torch alone, because it travels with exported models.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,51 +80,63 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias:
 
     mask: true where a query may look, or added to the scores, broadcast to [B, heads, L, L]; then bias [1 or B, heads, L, L] is what it was made
     of, before anything was hidden.
-    PyTorch's kernel, but for a bias that is learned, on a CPU: there it gives up its fused form, and the two ways here take less time
-    (benchmarks/attention.py).
+    PyTorch's kernel, but for a bias that is learned, on a CPU: there the kernel gives up its fused form for one that takes half as long again as
+    ours (benchmarks/attention.py).
     """
     learned = bias is not None and bias.requires_grad and query.device.type == "cpu" and query.dtype == torch.float32
     if mask is None or not learned:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal, scale=scale)
-    if not dropout:
-        return _LearnedBias.apply(query, key, value, mask.detach(), bias, scale)
-    rows = mask.expand(len(query), -1, -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(rows, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
-    context = F.dropout(scores.softmax(dim=-1), dropout) @ value.flatten(0, 1)
-    return context.unflatten(0, query.shape[:2])
+    return _LearnedBias.apply(query, key, value, mask.detach(), bias, dropout, scale)
 
 
 class _LearnedBias(torch.autograd.Function):
-    """The fused kernel forward; backward from scores computed anew, a few heads of one row at a time so that they stay in the cache.
+    """Scores, softmax and product of a few heads of one row at a time, so that they stay in the cache, forward and backward.
 
     The gradient of the scores goes to the bias, which rows may share, and not to the mask, which has a copy for each row.
     """
 
     CELLS = 2**18
-    """Scores held at a time, of which there are three kinds: 1 MiB each."""
+    """Scores in work at a time, of which there are up to four kinds: 1 MiB each."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale, ctx.shape = scale, bias.shape
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor, dropout: float, scale: float) -> Tensor:
+        query, mask = query * scale, mask.expand(len(query), -1, -1, -1)
+        weights, context = query.new_empty(mask.shape), torch.empty_like(query)
+        kept = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+        for at in _parts(weights):
+            torch.baddbmm(mask[at], query[at], key[at].transpose(1, 2), out=weights[at])
+            torch.softmax(weights[at], dim=-1, out=weights[at])
+            context[at] = _dropped(weights, kept, dropout, at) @ value[at]
+        ctx.save_for_backward(query, key, value, weights, kept)
+        ctx.dropout, ctx.scale, ctx.shape = dropout, scale, bias.shape
+        return context
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        rows, heads, length, _ = query.shape
-        query = query * ctx.scale
+        query, key, value, weights, kept = ctx.saved_tensors
         to_query, to_key, to_value = (torch.empty_like(side) for side in (query, key, value))
         to_bias = query.new_zeros(ctx.shape)
-        masks, biases = (side.expand(rows, -1, -1, -1) for side in (mask, to_bias))
-        together = max(1, _LearnedBias.CELLS // length**2)
-        for first in range(0, heads, together):
-            for row in range(rows):
-                at = row, slice(first, first + together)
-                weights = torch.baddbmm(masks[at], query[at], key[at].transpose(1, 2)).softmax(dim=-1)
-                to_scores = torch._softmax_backward_data(grad[at] @ value[at].transpose(1, 2), weights, -1, weights.dtype)
-                biases[at].add_(to_scores)
-                to_value[at] = weights.transpose(1, 2) @ grad[at]
-                to_query[at] = to_scores @ key[at]
-                to_key[at] = to_scores.transpose(1, 2) @ query[at]
-        return to_query.mul_(ctx.scale), to_key, to_value, None, to_bias, None
+        to_rows = to_bias.expand_as(weights)
+        for at in _parts(weights):
+            to_value[at] = _dropped(weights, kept, ctx.dropout, at).transpose(1, 2) @ grad[at]
+            to_weights = grad[at] @ value[at].transpose(1, 2)
+            if kept is not None:
+                to_weights.mul_(kept[at]).div_(1 - ctx.dropout)
+            to_scores = torch._softmax_backward_data(to_weights, weights[at], -1, weights.dtype)
+            to_rows[at].add_(to_scores)
+            to_query[at] = to_scores @ key[at]
+            to_key[at] = to_scores.transpose(1, 2) @ query[at]
+        return to_query.mul_(ctx.scale), to_key, to_value, None, to_bias, None, None
+
+
+def _parts(weights: Tensor) -> Iterator[tuple[int, slice]]:
+    """(row, heads) by which weights [B, heads, L, L] are worked through; all rows of some heads first, which share a bias."""
+    rows, heads, length, _ = weights.shape
+    together = max(1, _LearnedBias.CELLS // max(1, length**2))
+    for first in range(0, heads, together):
+        for row in range(rows):
+            yield row, slice(first, first + together)
+
+
+def _dropped(weights: Tensor, kept: Tensor | None, dropout: float, at: tuple[int, slice]) -> Tensor:
+    return weights[at] if kept is None else (weights[at] * kept[at]).div_(1 - dropout)
