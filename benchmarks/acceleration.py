@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -41,7 +42,8 @@ from acceleration_curves import at, draw, reached, scalars
 from acceleration_data import make_start, prepare
 from acceleration_measures import PROBES, TASKS, device, finetuned, probe, step_times, value
 
-from pipeline.evaluation.speed import device_name
+from pipeline.errors import UserError
+from pipeline.models.stopwatch import device_name
 from pipeline.tasks.settings import GlueName
 
 MEASURES = ("value", *(f"probe {shown}" for shown in PROBES))
@@ -51,6 +53,13 @@ CLAIMS = (
     ("MC", 0.2, "Xu et al. 2020"),
     ("all three", 0.1, "as advertised, never published"),
 )
+FACTORIAL = {
+    "absolute": ("plain", "notes", "mc", "notes-mc"),
+    "tupe-relative": ("tupe-relative", "tupe-notes", "tupe-mc", "tupe-notes-mc"),
+    "absolute, warm": ("warm", "warm-notes", "warm-mc", "warm-notes-mc"),
+    "tupe-relative, warm": ("warm-tupe", "warm-tupe-notes", "warm-tupe-mc", "warm-tupe-notes-mc"),
+}
+"""Positions -> the arms without more, with notes, with the meta-controller, with both."""
 Curve = dict[int, float]
 Curves = dict[str, Curve]
 """Measure -> step -> loss."""
@@ -59,16 +68,21 @@ Curves = dict[str, Curve]
 
 
 def make(arm: Arm, tasks: Sequence[GlueName], task_seeds: Sequence[int], logs: Path) -> None:
-    """Trains an arm and measures it, in a process of a pool; everything is kept where `measured` finds it."""
+    """Trains an arm and measures it, in a process of a pool; everything is kept where `Found` looks for it."""
     torch.set_num_threads(1)
     logs.mkdir(parents=True, exist_ok=True)
-    with open(logs / f"{arm.name}-{arm.seed}.txt", "a") as log:
+    path = logs / f"{arm.name}-{arm.seed}.txt"
+    with open(path, "a") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    train(arm)
-    measured(arm)
-    with_notes(arm)
-    tasks_of(arm, tasks, task_seeds)
+    try:
+        train(arm)
+        measured(arm)
+        with_notes(arm)
+        tasks_of(arm, tasks, task_seeds)
+    except Exception:
+        traceback.print_exc()
+        raise UserError(f"{arm.name}, seed {arm.seed}: failed, see {path}") from None
 
 
 def measured(arm: Arm) -> Curves:
@@ -102,8 +116,10 @@ def made(arms: list[Arm], options: argparse.Namespace) -> None:
         for wave in (first, [arm for arm in arms if arm.warm_from is not None]):
             running = {pool.submit(make, arm, options.tasks, options.task_seeds, options.work / "logs"): arm for arm in wave}
             for job in concurrent.futures.as_completed(running):
-                job.result()
-                print(f"made {running[job].name}, seed {running[job].seed}", file=sys.stderr, flush=True)
+                arm = running[job]
+                print(job.exception() or f"made {arm.name}, seed {arm.seed}", file=sys.stderr, flush=True)
+            if failed := [job for job in running if job.exception()]:
+                failed[0].result()
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -169,6 +185,18 @@ def quality(found: Found, tasks: Sequence[GlueName]) -> None:
     table(["arm", *MEASURES, *tasks, "ms a step", "of the first"], rows)
 
 
+def factorial(found: Found) -> None:
+    rows = []
+    for positions, names in FACTORIAL.items():
+        if any(name not in found.names for name in names):
+            continue
+        for measure in MEASURES[1:]:
+            rows.append([positions, measure, *(mean(found.ends(name, measure)) for name in names)])
+    if rows:
+        print("\nPositions x notes x meta-controller, at the end of training")
+        table(["positions", "measure", "alone", "notes", "meta-controller", "both"], rows)
+
+
 def equal_time(found: Found) -> None:
     """Each arm at the step where it has taken as long as its control in all."""
     rows = []
@@ -223,8 +251,9 @@ def fractions(found: Found) -> None:
 def along(arm: Arm, share: float) -> dict[str, float]:
     """Means of the log of training over the twentieth of its steps before that share of them: losses, figures, quotients."""
     lines = [json.loads(line) for line in (arm.logs / "metrics.jsonl").read_text().splitlines()]
-    end = round(share * len(lines))
-    last = lines[end - max(len(lines) // 20, 1) : end]
+    count = max(len(lines) // 20, 1)
+    end = max(round(share * len(lines)), count)
+    last = lines[end - count : end]
     return {name: statistics.mean(line[group][name] for line in last) for group in ("losses", "ratios") for name in last[-1][group]}
 
 
@@ -333,6 +362,7 @@ def main() -> None:
         first = [arm for arm in arms if arm.seed == options.seeds[0]]
         found.times = step_times(first, options.turns, 4)
     quality(found, options.tasks)
+    factorial(found)
     equal_time(found)
     fractions(found)
     marks(found)

@@ -132,7 +132,7 @@ SIZES = {
             "plain", "tupe-relative", "tupe-mc", "mc", "notes", "tupe-notes", "notes-mc", "tupe-notes-mc", "electra", "tupe-electra", "plain-2lr",
             "absolute-relative", "tupe-absolute",
         ),
-        values=10, finetuned=3, finetuning={"lr": 1e-4, "epochs": 3},
+        values=10, finetuned=2, finetuning={"lr": 1e-4, "epochs": 3}, finetuning_examples=10_000,
     ),
 }  # fmt: skip
 
