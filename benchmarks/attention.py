@@ -31,10 +31,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.evaluation.speed import device_name
 from pipeline.models import attention
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineModel
 from pipeline.models.positions import SCHEMES
+from pipeline.models.stopwatch import device_name
 
 LEARNED = ("absolute-relative", "tupe-absolute", "tupe-relative")
 PLAIN = ("absolute", "ours")

@@ -38,7 +38,6 @@ from torch import Tensor
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.corpus.settings import Source, Specification
 from pipeline.corpus.store import Store
-from pipeline.evaluation.speed import device_name
 from pipeline.launch.ranks import Ranks
 from pipeline.memory import building, documents
 from pipeline.memory.building import Window
@@ -48,6 +47,7 @@ from pipeline.memory.settings import IndexSettings
 from pipeline.models import build, export, identity, size
 from pipeline.models.causal_reader import CausalReader
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineForCausalLM
+from pipeline.models.stopwatch import device_name
 from pipeline.packing.plan import tokenizer_identity
 
 CHUNK = 256

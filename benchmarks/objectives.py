@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import objectives
-from pipeline.evaluation.speed import device_name
 from pipeline.models import build
 from pipeline.models.settings import ModelSettings
+from pipeline.models.stopwatch import device_name
 from pipeline.objectives.notes import Notes
 from pipeline.objectives.settings import ElectraSettings, MetaControllerSettings, MlmSettings, NotesSettings
 

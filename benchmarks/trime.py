@@ -47,7 +47,7 @@ from trime_arms import (
 
 from pipeline.evaluation import memories
 from pipeline.evaluation.paired import paired
-from pipeline.evaluation.speed import device_name
+from pipeline.models.stopwatch import device_name
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 

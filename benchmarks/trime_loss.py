@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.evaluation.speed import device_name
+from pipeline.models.stopwatch import device_name
 from pipeline.objectives.trime import trime_loss, trime_loss_of_states
 
 FORMULA = "formula"

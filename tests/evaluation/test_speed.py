@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from pipeline.evaluation.settings import LatencySettings
-from pipeline.evaluation.speed import WARM_UP, latency
+from pipeline.evaluation.speed import latency
+from pipeline.models.stopwatch import WARM_UP
 
 
 class Sleeper(nn.Module):
