@@ -58,7 +58,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, bias: Tensor | None, rotation: Tensor | None, packing: Packing | None, head_mask: Tensor | None
     ) -> Tensor:
-        """x [B, L, d], or [T, d] of a packing; mask and bias: see `attend`, for the heads of the dense model; head_mask [heads].
+        """x [B, L, d], or [T, d] of a packing; mask and bias: see `attend`, for the heads of the dense model; head_mask [heads] or
+        [B, heads].
 
         Returns the shape of x.
         """
@@ -70,7 +71,7 @@ class Attention(nn.Module):
             mask, bias = (side if side.shape[1] == len(self.kept) else side[:, self.kept] for side in (mask.to(query.dtype), bias))
         context = attend(query, key, value, mask, bias, self.dropout if self.training else 0.0, self.causal and mask is None, self.scale)
         if head_mask is not None:
-            context = (context * head_mask[:, None, None]).to(x.dtype)
+            context = (context * head_mask[..., None, None]).to(x.dtype)
         context = context.transpose(1, 2).flatten(2)
         return self.output(context if packing is None else packing.pack(context))
 

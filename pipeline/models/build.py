@@ -1,4 +1,4 @@
-"""A model by its settings, or out of a directory: Trimline's, stock BERT's, or any of Hugging Face's."""
+"""A model by its settings, or out of a directory: Trimline's, stock BERT's and RoBERTa's, or any of Hugging Face's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pipeline.errors import UserError
-from pipeline.models import bert
+from pipeline.models import stock
 from pipeline.models.modeling_trimline import (
     TrimlineConfig,
     TrimlineForCausalLM,
@@ -50,12 +46,6 @@ OURS: dict[str, Any] = {
     "classification": TrimlineForSequenceClassification,
     "qa": TrimlineForQuestionAnswering,
     "none": TrimlineModel,
-}
-BERT: dict[str, Any] = {
-    "mlm": BertForMaskedLM,
-    "classification": BertForSequenceClassification,
-    "qa": BertForQuestionAnswering,
-    "none": BertModel,
 }
 ANY: dict[str, Any] = {
     "mlm": AutoModelForMaskedLM,
@@ -110,7 +100,7 @@ def load(
 ) -> PreTrainedModel:
     """The model of a directory, in fp32 on the CPU, under the head asked for; a head the directory lacks is drawn at random.
 
-    Trimline's directories and stock BERT's become our classes, which take `masks`; others stay Hugging Face's own.
+    Trimline's directories, stock BERT's and RoBERTa's become our classes, which take `masks`; others (`stock.unlike`) stay Hugging Face's own.
     labels: names of the classes; regression: one number instead. Neither: as the directory says.
     Raises UserError where there is no such model or it cannot have that head, for weights that are not plain tensors, and for
     code in the directory unless trust_remote_code.
@@ -126,8 +116,9 @@ def load(
                 _set_labels(path, config, labels, regression)
             if head == "qa":
                 config.num_labels = 2  # what Hugging Face's classes call start and end; a classifier's directory may say otherwise
-            stock_bert = kind == "bert" and bert.is_ours_shaped(config)
-            model_class = OURS[head] if kind == "trimline" else BERT[head] if stock_bert else ANY[head]
+            becomes_ours = kind != "trimline" and stock.unlike(config) is None
+            stock_class: Any = stock.FAMILIES[kind].classes[OURS[head]] if becomes_ours else ANY[head]
+            model_class = OURS[head] if kind == "trimline" else stock_class
             model, report = model_class.from_pretrained(path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **trust)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: the weights are a pickle that holds more than tensors, not run; take a copy of the model in safetensors") from None
@@ -135,7 +126,7 @@ def load(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be loaded as a model for {head}: {reason[:300]}") from error
     _check_complete(path, model, report)
-    return bert.convert(model) if stock_bert else model.float()
+    return stock.convert(model) if becomes_ours else model.float()
 
 
 def adopt(model: PreTrainedModel, settings: ModelSettings) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models import adaptive, attention, bert, modeling_trimline, positions
+from pipeline.models import adaptive, attention, modeling_trimline, positions, stock
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlinePreTrainedModel
 from pipeline.models.quiet import quiet
 
@@ -27,7 +27,7 @@ AUTO_CLASSES = {
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: str | Path, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write `save_pretrained` layout with safetensors: stock BERT where the model is one, else with the modelling files beside.
+    """Write `save_pretrained` layout with safetensors: stock BERT or RoBERTa where the model is one, else with the modelling files beside.
 
     The latter load by `Auto...from_pretrained(directory, trust_remote_code=True)`.
     weights: full state dict to write in place of the model's own, which may lie in parts on several ranks (ZeRO-3).
@@ -36,11 +36,11 @@ def save(
     if weights is not None:
         model = _with_weights(model, weights)
     with quiet():
-        if isinstance(model, TrimlinePreTrainedModel) and bert.is_bert_shaped(model.config):
-            bert.export(model).save_pretrained(directory)
+        if isinstance(model, TrimlinePreTrainedModel) and stock.is_stock_shaped(model.config):
+            stock.export(model).save_pretrained(directory)
         else:
             model.save_pretrained(directory)
-    if isinstance(model, TrimlinePreTrainedModel) and not bert.is_bert_shaped(model.config):
+    if isinstance(model, TrimlinePreTrainedModel) and not stock.is_stock_shaped(model.config):
         _add_code(model.config, directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,18 @@ to the residual stream (z_hidn), whose LayerNorms then run over its dimensions t
 
 Entries past a layer's own width are ignored. A sub-layer whose mask is 0, or whose units are all 0, acts as if it were removed, residual LayerNorm
 included, so that masking and removing give the same output.
+
+A mask may differ by row, as gradients of each row ask for: `heads` [layers, B, heads], `neurons` [layers, B, 1, ffn], `attention` and
+`feedforward` [layers, B, 1, 1], `hidden` [B, 1, d]. A sub-layer is then removed where its masks are 0 for all rows. Not for `unpadded` models.
 """
 UNITS = frozenset({"heads", "neurons", "attention", "feedforward", "hidden"})
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""By Hugging Face's names."""
 Mixer = Callable[[Tensor], Tensor]
 """Takes the sum of token and position vectors [B, L, d] before token types and LayerNorm, and gives what goes on in its place."""
 
@@ -47,6 +58,8 @@ class TrimlineConfig(PretrainedConfig):
     attention_dropout: None means `dropout`. final_norm: whether a pre-norm stack ends in a LayerNorm. scale_embeddings: token embeddings
     times sqrt(d). unpadded: whether all but attention runs on real tokens alone.
     adaptive: a decoder's `cutoffs`, `factor`, `tie_projections`, `dropout` of `adaptive.py`; None for one table.
+    activation: name in `ACTIVATIONS`, of the feed-forward blocks and the masked language model's head. family: `bert` or `roberta`, whose classes
+    of Hugging Face can hold the model while it is whole.
     """
 
     model_type = "trimline"
@@ -61,6 +74,7 @@ class TrimlineConfig(PretrainedConfig):
         heads_kept: list[list[int] | None] | None = None,
         full_hidden_size: int | None = None,
         kind: str = "encoder",
+        family: str = "bert",
         norm: str = "post",
         positions: str = "absolute",
         untie_cls: bool = True,
@@ -93,6 +107,7 @@ class TrimlineConfig(PretrainedConfig):
         self.heads_kept = heads_kept
         self.full_hidden_size = full_hidden_size
         self.kind = kind
+        self.family = family
         self.norm = norm
         self.positions = positions
         self.untie_cls = untie_cls
@@ -152,7 +167,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.hidden_size, neurons)
         self.down = nn.Linear(neurons, config.hidden_size)
-        self.activation = getattr(F, config.activation)
+        self.activation = ACTIVATIONS[config.activation]
         self.dropout = config.activation_dropout
 
     def forward(self, x: Tensor, neuron_mask: Tensor | None) -> Tensor:
@@ -169,7 +184,7 @@ class Norm(nn.LayerNorm):
         if hidden is None:
             return super().forward(x)
         kept = (hidden != 0).float()
-        count = kept.sum().clamp(min=1)
+        count = kept.sum(-1, keepdim=True).clamp(min=1)
         centred = (x.float() - (x.float() * kept).sum(-1, keepdim=True) / count) * kept
         scale = torch.rsqrt(centred.square().sum(-1, keepdim=True) / count + self.eps)
         return ((centred * scale * self.weight + self.bias) * hidden).to(x.dtype)
@@ -343,7 +358,7 @@ class TrimlineModel(TrimlinePreTrainedModel):
 
     def _of_layer(self, masks: Masks, layer: int) -> LayerMasks:
         widths = {"heads": self.config.heads_per_layer[layer], "neurons": self.config.ffn_per_layer[layer]}
-        heads, neurons = (masks[unit][layer, :width] if unit in masks and width else None for unit, width in widths.items())
+        heads, neurons = (masks[unit][layer, ..., :width] if unit in masks and width else None for unit, width in widths.items())
         attention, feedforward = (masks[unit][layer] if unit in masks else None for unit in ("attention", "feedforward"))
         return LayerMasks(heads, neurons, attention, feedforward, masks.get("hidden"))
 
@@ -385,11 +400,12 @@ class MaskedLMHead(nn.Module):
     def __init__(self, config: TrimlineConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.activation]
         self.norm = Norm(config.hidden_size, config.layer_norm_eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.dense(x)), hidden))
+        return self.decoder(self.norm(self.activation(self.dense(x)), hidden))
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -418,11 +434,13 @@ class TrimlineForMaskedLM(TrimlinePreTrainedModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **inputs: Any) -> TrimlineHeadOutput:
         """logits [B, L, vocab]. With `labels` [B, L] only the T labelled positions (not -100) are projected: logits [T, vocab], in row order."""
         body = self.model(input_ids, attention_mask, **inputs)
-        x, loss = body.last_hidden_state, None
+        x, loss, hidden = body.last_hidden_state, None, (inputs.get("masks") or {}).get("hidden")
         if labels is not None:
             labelled = labels != -100
+            if hidden is not None:
+                hidden = hidden.expand_as(x)[labelled]
             x, labels = x[labelled], labels[labelled]
-        logits = self.head(x, (inputs.get("masks") or {}).get("hidden"))
+        logits = self.head(x, hidden)
         if labels is not None:
             loss = mean_cross_entropy(logits, labels)
         return TrimlineHeadOutput(loss, logits, body.last_hidden_state, body.hidden_states, body.memory_states)

@@ -149,7 +149,8 @@ class RelativeBias(nn.Module):
         """fp32 [heads, length, length]."""
         buckets = relative_buckets(torch.arange(1 - length, length, device=device))
         scalars = self.table(torch.cat([buckets, buckets.new_tensor([FROM_CLS, TO_CLS] if self.untie_cls else [])])).float().T
-        scores = scalars[:, : 2 * length - 1].unfold(1, length, 1).flip(1)  # [h, i, j] is the scalar of distance j - i
+        places = torch.arange(length, device=device)
+        scores = scalars[:, places[None, :] - places[:, None] + length - 1]
         return _reset_cls(scores[:, 1:, 1:], scalars[:, -2], scalars[:, -1]) if self.untie_cls else scores
 
 

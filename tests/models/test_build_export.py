@@ -21,8 +21,6 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
-    RobertaConfig,
-    RobertaForMaskedLM,
 )
 
 from pipeline.errors import UserError
@@ -257,18 +255,12 @@ def test_a_classifier_for_other_labels_is_refused(make_config, tmp_path):
         build.load(tmp_path, head="classification", labels=["a", "b"])
 
 
-def test_other_architectures_load_through_transformers_own_classes(rows, tmp_path):
-    roberta = RobertaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
-    RobertaForMaskedLM(roberta).save_pretrained(tmp_path / "roberta")
-    assert type(build.load(tmp_path / "roberta")) is RobertaForMaskedLM
-    GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=4)).save_pretrained(tmp_path / "gpt2")
-    assert type(build.load(tmp_path / "gpt2", head="causal")) is GPT2LMHeadModel
-    # BERT with another activation is not our encoder.
-    stock_bert(hidden_act="relu").save_pretrained(tmp_path / "relu")
-    assert type(build.load(tmp_path / "relu")) is BertForMaskedLM
+def test_a_decoder_of_another_make_loads_through_transformers_own_class(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=4)).save_pretrained(tmp_path)
+    assert type(build.load(tmp_path, head="causal")) is GPT2LMHeadModel
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_weights_are_loaded_in_fp32_whatever_they_were_saved_in(tmp_path, activation):
     stock_bert(hidden_act=activation).bfloat16().save_pretrained(tmp_path)
     assert {p.dtype for p in build.load(tmp_path).parameters()} == {torch.float32}

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import layer_norm
 
 from pipeline.errors import UserError
-from pipeline.models import bert, build, export
+from pipeline.models import build, export, stock
 from pipeline.models.modeling_trimline import TrimlineForCausalLM, TrimlineForMaskedLM, TrimlineModel
 from pipeline.models.settings import ModelSettings
 
@@ -83,7 +83,7 @@ def test_scaled_embeddings_are_those_of_a_larger_table(make_config, rows):
 @pytest.mark.parametrize("change", [{"activation": "relu"}, {"activation_dropout": 0.1}, {"scale_embeddings": True}, {"positions": "sinusoidal"}])
 def test_what_stock_bert_cannot_hold_is_exported_with_our_code(make_config, rows, tmp_path, change):
     model = TrimlineForMaskedLM(make_config(**change)).eval()
-    assert not bert.is_bert_shaped(model.config)
+    assert not stock.is_stock_shaped(model.config)
     export.save(model, None, tmp_path)
     again = build.load(tmp_path).eval()
     torch.testing.assert_close(again(*rows).logits, model(*rows).logits)
