@@ -90,9 +90,9 @@ def test_what_stock_bert_cannot_hold_is_exported_with_our_code(make_config, rows
 
 
 def test_attentions_dropout_goes_to_stock_bert_and_comes_back(make_config):
-    stock = bert.export(TrimlineForMaskedLM(make_config(attention_dropout=0.3)))
-    assert (stock.config.hidden_dropout_prob, stock.config.attention_probs_dropout_prob) == (0.1, 0.3)
-    assert bert.convert(copy.deepcopy(stock)).config.attention_dropout == 0.3
+    theirs = stock.export(TrimlineForMaskedLM(make_config(attention_dropout=0.3)))
+    assert (theirs.config.hidden_dropout_prob, theirs.config.attention_probs_dropout_prob) == (0.1, 0.3)
+    assert stock.convert(copy.deepcopy(theirs)).config.attention_dropout == 0.3
 
 
 def test_settings_reach_the_model_and_contradictions_are_refused(tokenizer):
