@@ -53,6 +53,11 @@ class HardConcrete(nn.Module):
         zero = torch.sigmoid(TEMPERATURE * math.log(-GAMMA / ZETA) - (self.log_alpha + shift))
         return 1 - zero.clamp(EPSILON, 1 - EPSILON)
 
+    def openness(self) -> Tensor:
+        """The keep probability, stretched so that it is 0 and 1 where log alpha is at its limits; there it is .047 and .998 itself."""
+        least, most = (_keep_probability(limit) for limit in (-LIMIT, LIMIT))
+        return (self.keep_probability() - least) / (most - least)
+
     @torch.no_grad()
     def deterministic(self, shift: float = 0.0) -> Tensor:
         """The mask of evaluation: along the last dimension as many zeros as are expected, the smallest; the others stay soft, below 1.
@@ -71,3 +76,7 @@ class HardConcrete(nn.Module):
     def clamp_(self) -> None:
         """Keep log alpha within its limits: after every optimiser step."""
         self.log_alpha.clamp_(-LIMIT, LIMIT)
+
+
+def _keep_probability(log_alpha: float) -> float:
+    return 1 / (1 + (-GAMMA / ZETA) ** TEMPERATURE * math.exp(-log_alpha))

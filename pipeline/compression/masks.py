@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,32 +13,51 @@ from pipeline.compression.hard_concrete import HardConcrete
 from pipeline.compression.settings import SparsitySettings
 from pipeline.compression.sparsity import Lagrangian, Prunable
 
-INITIAL = {"heads": 3.0, "neurons": 2.0}
-"""Where log alpha starts: masks nearly open, yet off the plateau. From the official 10 (heads) a mask has further to travel than a few
-hundred steps take it; from 0 (neurons) the student meets masks of a half at once."""
+INITIAL = {"attention": 4.0, "feedforward": 4.0, "heads": 3.0, "hidden": 4.0, "neurons": 2.0}
+"""Where log alpha starts, by unit, from the coarsest to the finest: masks nearly open, yet off the plateau. From the official 10 a mask has further
+to travel than a few hundred steps take it; from 0 (neurons) the student meets masks of a half at once. What takes much of the student with it starts
+higher: of heads a fifth is below 1 in a draw, of layers a twelfth."""
+GATES = ("attention", "feedforward")
+FINE = {"attention": "heads", "feedforward": "neurons"}
+"""A layer is alive where its own mask is above 0, and that of any unit in it."""
 
 
 class Masks(nn.Module):
     """Hard-concrete masks of the chosen units of a student, and the Lagrange multipliers.
 
-    steps: of the whole optimisation; the first `prepruning_ratio` of them leave the student whole.
+    steps: of the whole optimisation; the first `prepruning_ratio` of them leave the student whole. target: the sparsity to reach.
+    before: masks of a lower target, where the student they were trained with is pruned further. They are where these start, the target rises from
+    theirs, and no steps leave the student whole.
     All ranks hold the same: the start and every draw are functions of (seed, step).
     """
 
-    def __init__(self, prunable: Prunable, settings: SparsitySettings, *, steps: int, seed: int) -> None:
+    def __init__(self, prunable: Prunable, settings: SparsitySettings, *, target: float, steps: int, seed: int, before: Masks | None = None) -> None:
         super().__init__()
-        self.prunable, self.settings, self.seed = prunable, settings, seed
-        self.start = round(settings.prepruning_ratio * steps)
-        shapes = {"heads": (prunable.layers, prunable.heads), "neurons": (prunable.layers, prunable.ffn)}
+        self.prunable, self.settings, self.target, self.seed = prunable, settings, target, seed
+        self.start = 0 if before else round(settings.prepruning_ratio * steps)
         generator = torch.Generator().manual_seed(seed)
-        self.units = nn.ModuleDict({unit: HardConcrete(shapes[unit], initial=INITIAL[unit], generator=generator) for unit in settings.units})
-        self.lagrangian = Lagrangian(settings.target, round(settings.warmup_ratio * steps))
+        self.units = nn.ModuleDict(
+            {
+                unit: HardConcrete(prunable.shapes[unit], initial=INITIAL[unit], scalar=unit in GATES, generator=generator)
+                for unit in INITIAL
+                if unit in settings.units
+            }
+        )
+        if before:
+            self.units.load_state_dict(before.units.state_dict())
+        self.lagrangian = Lagrangian(target, round(settings.warmup_ratio * steps), start=before.target if before else 0.0)
         self._step = 0
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Adam without decay or schedule; it descends on the masks and ascends on the multipliers."""
-        groups: list[dict[str, Any]] = [{"params": list(self.units.parameters())}, {"params": list(self.lagrangian.parameters()), "maximize": True}]
-        return torch.optim.Adam(groups, lr=self.settings.mask_lr)
+        gates = [parameter for unit, mask in self._each() if unit in GATES for parameter in mask.parameters()]
+        units = [parameter for unit, mask in self._each() if unit not in GATES for parameter in mask.parameters()]
+        groups: list[dict[str, Any]] = [
+            {"params": units},
+            {"params": gates, "lr": self.settings.gate_lr_ratio * self.settings.mask_lr},
+            {"params": list(self.lagrangian.parameters()), "maximize": True},
+        ]
+        return torch.optim.Adam([group for group in groups if group["params"]], lr=self.settings.mask_lr)
 
     def before_step(self, step: int) -> None:
         """Begin a step: its draw holds for all its micro-batches."""
@@ -58,49 +78,75 @@ class Masks(nn.Module):
         return self.lagrangian(self.expected_sparsity(), self._step - self.start)
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Clamp log alpha; what to log."""
+        """Clamp log alpha; what to log, with the numbers of layers that are alive and of other units in such layers."""
         for _, mask in self._each():
             mask.clamp_()
         with torch.no_grad():
-            alive = self.deterministic()
-            kept = {f"{unit}_alive": (mask > 0).sum() for unit, mask in alive.items()}
-            values = {"expected_sparsity": self.expected_sparsity(), "realised_sparsity": self.realised_sparsity(alive), **kept}
+            masks = self.deterministic()
+            values = {"expected_sparsity": self.expected_sparsity(), "realised_sparsity": self.realised_sparsity(masks), **self._counts(masks)}
             first, second = self.lagrangian.multipliers
             values |= {"lambda_1": first, "lambda_2": second}
             numbers = torch.stack([value.float() for value in values.values()]).tolist()  # one wait for the device
         return {**dict(zip(values, numbers, strict=True)), "target_sparsity": self.lagrangian.target_at(step - self.start)}
 
     def expected_sparsity(self) -> Tensor:
-        return self.prunable.sparsity({unit: mask.keep_probability() for unit, mask in self._each()})
+        """What the constraint holds: of `HardConcrete.openness`, with which masks at their limits count as the zeros and ones they become."""
+        return self.prunable.sparsity({unit: mask.openness() for unit, mask in self._each()})
 
-    def realised_sparsity(self, masks: dict[str, Tensor]) -> Tensor:
+    def realised_sparsity(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Of deterministic masks: what removing their zeros removes."""
         return self.prunable.sparsity({unit: (mask > 0).float() for unit, mask in masks.items()})
 
-    def deterministic(self, shifts: dict[str, float] | None = None) -> dict[str, Tensor]:
+    def deterministic(self, shifts: Mapping[str, float] | None = None) -> dict[str, Tensor]:
         """The masks of evaluation by unit. shifts: by unit, added to log alpha where zeros are counted."""
         return {unit: mask.deterministic((shifts or {}).get(unit, 0.0)) for unit, mask in self._each()}
 
     def settle(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The masks to remove by, and the shifts of log alpha that bring what they remove to the target.
 
-        The expected sparsity ends near the target, not on it, and hard-concrete tails keep it from 0 and 1. So the counts of the evaluation rule
-        are taken at log alpha plus one number for all units, then plus one more for the finest unit, each found by bisection.
-        Which units of a layer go first, and the values of those kept, stay as trained.
+        The expected sparsity ends near the target, not on it, and the evaluation rule leaves of every unit a few, whatever its masks. So zeros are
+        counted at log alpha plus one number for all units, then plus one more for each unit, from the coarsest to the finest, each found by
+        bisection. Which units of a layer go first, and the values of those kept, stay as trained.
         """
         units = [unit for unit, _ in self._each()]
         shifts = dict.fromkeys(units, 0.0)
-        for shifted in (units, units[-1:]):
+        for shifted in (units, *([unit] for unit in units if unit not in GATES)):
             low, high = -20.0, 20.0
-            candidates = []
+            candidates = [(abs(self._realised(shifts) - self.target), shifts)]
             for _ in range(40):
                 middle = (low + high) / 2
                 trial = {unit: shifts[unit] + (middle if unit in shifted else 0.0) for unit in units}
-                sparsity = self.realised_sparsity(self.deterministic(trial)).item()
-                candidates.append((abs(sparsity - self.settings.target), trial))
-                low, high = (middle, high) if sparsity > self.settings.target else (low, middle)
+                sparsity = self._realised(trial)
+                candidates.append((abs(sparsity - self.target), trial))
+                low, high = (middle, high) if sparsity > self.target else (low, middle)
             shifts = min(candidates, key=lambda candidate: candidate[0])[1]
         return self.deterministic(shifts), shifts
 
+    def _realised(self, shifts: Mapping[str, float]) -> float:
+        return self.realised_sparsity(self.deterministic(shifts)).item()
+
+    def _counts(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        layers = alive(masks, self.prunable)
+        counts = {f"{layer}_alive": living.sum() for layer, living in layers.items()}
+        for layer, fine in FINE.items():
+            if fine in masks:
+                counts[f"{fine}_alive"] = ((masks[fine] > 0) & layers[layer][:, None]).sum()
+        return counts | ({"hidden_alive": (masks["hidden"] > 0).sum()} if "hidden" in masks else {})
+
     def _each(self) -> list[tuple[str, HardConcrete]]:
-        return [(unit, self.units[unit]) for unit in INITIAL if unit in self.units]  # type: ignore[misc] # coarse units first
+        return list(self.units.items())  # type: ignore[arg-type] # in the order of INITIAL
+
+
+def alive(masks: Mapping[str, Tensor], prunable: Prunable) -> dict[str, Tensor]:
+    """Which layers have attention, and which feed-forward: bool [layers] each. The official code asks a layer's own mask alone, also where all units
+    in it are dead."""
+    device = next(iter(masks.values())).device
+    found = {}
+    for layer, fine in FINE.items():
+        living = torch.ones(prunable.layers, dtype=torch.bool, device=device)
+        if layer in masks:
+            living = living & (masks[layer] != 0)
+        if fine in masks:
+            living = living & (masks[fine] != 0).any(-1)
+        found[layer] = living
+    return found

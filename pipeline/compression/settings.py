@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from pipeline.settings import Settings, setting
 
-Unit = Literal["heads", "neurons"]
+Unit = Literal["attention", "feedforward", "heads", "neurons", "hidden"]
 
 
 class DistillationSettings(Settings):
@@ -27,6 +27,12 @@ class SparsitySettings(Settings):
     prepruning_ratio: float = setting(0.05, "Share of the steps that only distil, before any mask moves.", ge=0, lt=1)
     warmup_ratio: float = setting(0.4, "Share of the steps over which the target rises from 0.", ge=0, lt=1)
     mask_lr: float = setting(0.05, "Learning rate of the masks' log alpha and of the Lagrange multipliers.", gt=0)
+    gate_lr_ratio: float = setting(
+        0.2,
+        "Learning rate of the masks on whole layers, over mask_lr. At 1 such a mask travels as fast as each of the many in its layer and takes all"
+        " of them with it, so that the layers fall first.",
+        gt=0,
+    )
 
     @model_validator(mode="after")
     def _leaves_steps(self) -> SparsitySettings:

@@ -63,7 +63,7 @@ def run(work: Work) -> dict[str, Any]:
         )
 
     dense = _load(finetuned)
-    masks = Masks(Prunable.of(dense.config), settings.sparsity, steps=steps_of(settings), seed=recipe.seed)
+    masks = Masks(Prunable.of(dense.config), settings.sparsity, target=settings.sparsity.target, steps=steps_of(settings), seed=recipe.seed)
     masked = distil(_load(finetuned), settings, MASKING, masks)
     if work.ranks.first:
         assert masked.weights is not None

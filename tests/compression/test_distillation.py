@@ -64,7 +64,7 @@ def test_the_teacher_is_neither_trained_nor_saved_with_the_student_and_draws_no_
 
 
 def test_masks_enter_the_student_and_learn_from_both_losses(encoder):
-    masks = Masks(Prunable(3, 32, 4, 48), SparsitySettings(prepruning_ratio=0.1, warmup_ratio=0.2), steps=10, seed=1)
+    masks = Masks(Prunable(3, 32, 4, 48), SparsitySettings(prepruning_ratio=0.1, warmup_ratio=0.2), target=0.6, steps=10, seed=1)
     student = encoder()
     objective = Distillation(encoder(seed=1), DistillationSettings(), masks)
     assert objective.targets(batch([0, 1]))["sparsity"] == 2
@@ -86,7 +86,7 @@ def test_micro_batches_add_up_to_the_whole_batch(encoder):
     whole = batch([0, 1, 2, 1])
     gradients = []
     for parts in ([whole], [{name: tensor[:3] for name, tensor in whole.items()}, {name: tensor[3:] for name, tensor in whole.items()}]):
-        masks = Masks(Prunable(3, 32, 4, 48), SparsitySettings(prepruning_ratio=0), steps=10, seed=1)
+        masks = Masks(Prunable(3, 32, 4, 48), SparsitySettings(prepruning_ratio=0), target=0.6, steps=10, seed=1)
         objective = Distillation(encoder(seed=1), DistillationSettings(), masks)
         masks.before_step(7)
         student = encoder()

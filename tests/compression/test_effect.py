@@ -65,7 +65,7 @@ def test_sixty_percent_of_an_encoder_goes_and_its_score_stays():
     )
     teacher = fit(TrimlineForSequenceClassification(config), Classify(), 200)
     score = accuracy(teacher)
-    masks = Masks(Prunable(2, 32, 4, 128), SparsitySettings(target=0.6), steps=STEPS, seed=1)
+    masks = Masks(Prunable(2, 32, 4, 128), SparsitySettings(), target=0.6, steps=STEPS, seed=1)
     student = fit(copy.deepcopy(teacher), Distillation(teacher, DistillationSettings(), masks), STEPS, side=masks)
     settled, _ = masks.settle()
     removed = remove(student, settled)

@@ -37,11 +37,17 @@ def test_keep_probability_at_the_published_points(log_alpha, keep):
     assert masks_of(np.array([log_alpha])).keep_probability().item() == pytest.approx(keep, abs=1e-6)
 
 
-@pytest.mark.parametrize("unit", ["heads", "neurons", "attention", "feedforward"])
+@pytest.mark.parametrize("unit", ["heads", "neurons", "attention", "feedforward", "hidden"])
 def test_training_and_evaluation_masks_of_a_whole_module_are_the_originals(unit):
     masks = masks_of(MODULE[f"{unit}_loga"], scalar=unit in ("attention", "feedforward"))
     np.testing.assert_allclose(masks.sample(torch.from_numpy(MODULE[f"{unit}_noise"])).detach(), MODULE[f"{unit}_train"], atol=1e-5)
     np.testing.assert_allclose(masks.deterministic(), MODULE[f"{unit}_eval"], atol=1e-5)
+
+
+def test_openness_is_the_keep_probability_that_ends_at_0_and_1():
+    masks = masks_of(np.array([-LIMIT, 0.0, LIMIT]))
+    least, _, most = masks.keep_probability().tolist()
+    assert masks.openness().tolist() == pytest.approx([0, (0.831822 - least) / (most - least), 1], abs=1e-5)
 
 
 def test_evaluation_zeros_as_many_as_are_expected_in_each_row_rounding_half_to_even():

@@ -50,7 +50,8 @@ def test_the_constraint_can_be_watched(pruned):
     work, _ = pruned
     lines = [json.loads(line) for line in (work.logs / "masking" / "metrics.jsonl").read_text().splitlines()]
     side = lines[-1]["side"]
-    assert {"expected_sparsity", "realised_sparsity", "target_sparsity", "lambda_1", "lambda_2", "heads_alive", "neurons_alive"} == set(side)
+    alive = {f"{unit}_alive" for unit in ("heads", "neurons", "attention", "feedforward")}
+    assert {"expected_sparsity", "realised_sparsity", "target_sparsity", "lambda_1", "lambda_2", *alive} == set(side)
     assert side["target_sparsity"] == 0.6
     assert {"distill", "hard", "sparsity"} == set(lines[-1]["losses"])
     assert (work.logs / "recovery" / "metrics.jsonl").is_file()
