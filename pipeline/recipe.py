@@ -115,7 +115,7 @@ class Recipe(Settings):
             self._check_index(self.index)
         if self.prune and self.prune.time_budget is not None:
             raise ValueError("prune.time_budget: the masks reach their target by steps, not by time; leave it out (prune.recovery may have one)")
-        if self.finetune and self.finetune.task.length > self.model.max_length and self.model.from_ is None:
+        if self.finetune and self.finetune.task.length > self.model.max_length and self.model.from_ is None and self.model.bounded:
             raise ValueError(f"finetune.task.max_length {self.finetune.task.length} exceeds model.max_length {self.model.max_length}")
         if self.prune and self.finetune and self.finetune.task.squad:
             raise ValueError("prune takes a task of labels; finetune.task is squad: leave prune out")
@@ -127,7 +127,7 @@ class Recipe(Settings):
         if self.model.from_ is None and self.model.kind != "decoder":
             raise ValueError(f"index reads the text with a causal model; model.kind is {self.model.kind}: set it to decoder, or leave index out")
         block, context = index.window.resolved(self.pack.length if self.pack else None)
-        if self.model.from_ is None and self.model.positions == "absolute" and block + context > self.model.max_length:
+        if self.model.from_ is None and self.model.bounded and block + context > self.model.max_length:
             raise ValueError(f"index.window: block {block} + context {context} exceeds model.max_length {self.model.max_length}")
 
     def _check_evaluate(self, evaluate: EvaluateSettings) -> None:
@@ -146,7 +146,7 @@ class Recipe(Settings):
             searching = next(memory.name for memory in evaluate.memories if "external" in memory)
             raise ValueError(f"evaluate.memory {searching} looks up a datastore: add an index section, or evaluate.datastore: DIR of another run's")
         block, context = evaluate.windowed(self.row_length)
-        if self.model.from_ is None and self.model.positions == "absolute" and block + context > self.model.max_length:
+        if self.model.from_ is None and self.model.bounded and block + context > self.model.max_length:
             raise ValueError(f"evaluate.window: block {block} + context {context} exceeds model.max_length {self.model.max_length}")
 
     def _check_pretrain(self, pretrain: PretrainSettings) -> None:

@@ -60,6 +60,11 @@ class ModelSettings(Settings):
     max_length: int = setting(512, "Longest input.", unit="tokens", ge=8)
     init_std: float = setting(0.02, "Standard deviation of initial weights.", gt=0)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether inputs longer than `max_length` fail."""
+        return self.positions in ("absolute", "absolute-relative")
+
     @model_validator(mode="after")
     def _divides(self) -> ModelSettings:
         if self.hidden % self.heads:

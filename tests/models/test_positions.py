@@ -350,3 +350,8 @@ def test_the_settings_reach_the_model(tokenizer):
     settings = ModelSettings(hidden=32, heads=4, layers=1, ffn=64, positions="tupe-absolute", untie_cls=False)
     config = build.new(settings, tokenizer).config
     assert (config.positions, config.untie_cls) == ("tupe-absolute", False)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_recipe_knows_which_schemes_have_an_end(name):
+    assert ModelSettings(positions=name).bounded == SCHEMES[name].bounded
