@@ -1,21 +1,29 @@
-"""What a student learns from its teacher: Hinton et al. 2015, as CoFi uses it."""
+"""What a student learns from its teacher: soft labels (Hinton et al. 2015) and hidden states, as CoFi uses them (Xia et al. 2022, section 3.3)."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.compression.masks import Masks
+from pipeline.compression.layer_distillation import LayerDistillation
+from pipeline.compression.masks import Masks, alive
 from pipeline.compression.settings import DistillationSettings
 from pipeline.objectives.base import Batch, Objective
 from pipeline.objectives.classify import INPUTS, label_loss
+from pipeline.objectives.span import scores_of_tokens, span_loss
 
 
-def prediction_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of the softened classes, mean over rows, in fp32. student, teacher: logits [B, classes]."""
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+def prediction_loss(student: Tensor, teacher: Tensor, temperature: float, real: Tensor | None = None) -> Tensor:
+    """T^2 KL(teacher || student) of the softened classes, mean over rows, in fp32. student, teacher: logits [B, classes].
+
+    real: [B, classes], 0 for what is no choice, as padding is none of an answer's tokens.
+    """
+    real = torch.ones_like(student) if real is None else real
+    log_student, log_teacher = (F.log_softmax(scores_of_tokens(logits.float() / temperature, real), dim=-1) for logits in (student, teacher))
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
@@ -25,43 +33,96 @@ def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Distillation(Objective):
-    """Named losses `distill` (soft labels), `hard` (true labels, where its weight is not 0) and `sparsity` (the Lagrangian, with masks).
+    """Named losses, each where it has a weight: `distill` (soft labels), `layers` (hidden states), `hard` (true labels), and with masks `sparsity`
+    (the Lagrangian). Logged besides: `matched_3`, which of the student's layers learns the teacher's third, both counted from 1.
 
-    teacher: a classifier with the student's labels. It is held outside the registered modules, so that nothing trains, shards or saves it.
-    masks: the side module of a pruning; None where the student is fine-tuned as it is.
+    teacher: a model with the student's outputs, a classifier, a regressor or one for answers that are spans; or, of a black box, its logits of every
+    training example, fp32 [examples, classes]. It is held outside the registered modules, so that nothing trains, shards or saves it.
+    layers: the layer-wise loss, whose map of the student's states is trained with the student.
+    masks: the side module of a pruning; None where the student is trained as it is.
     """
 
-    def __init__(self, teacher: nn.Module, settings: DistillationSettings, masks: Masks | None = None) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module | Tensor,
+        settings: DistillationSettings,
+        masks: Masks | None = None,
+        layers: LayerDistillation | None = None,
+    ) -> None:
         super().__init__()
         self.settings = settings
-        self._beside = (teacher.eval().requires_grad_(False), masks)  # a tuple: not submodules
+        if isinstance(teacher, nn.Module):
+            teacher = teacher.eval().requires_grad_(False)
+        self._beside = (teacher, masks)  # a tuple: not submodules
+        self.layers = layers
+        self._matched = [f"matched_{layer + 1}" for layer in layers.taught] if layers is not None else []
+        self.figures = frozenset(self._matched)
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """What the settings give each named loss; the Lagrangian brings its own weight, the multipliers."""
-        weights = {"distill": self.settings.prediction, "hard": self.settings.hard_labels, "sparsity": 1.0}
-        return {name: weights[name] for name in self._names()}
+        settings, layers, masks = self.settings, self.layers, self._beside[1]
+        weights = {"distill": settings.prediction, "layers": settings.layers * (layers is not None), "hard": settings.hard_labels}
+        return {name: weight for name, weight in weights.items() if weight} | ({"sparsity": 1.0} if masks is not None else {})
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         return batch
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        rows = torch.tensor(len(batch["labels"]), device=batch["labels"].device)
-        return dict.fromkeys(self._names(), rows)
+        """Rows; of hidden states, tokens."""
+        mask = batch["attention_mask"]
+        rows = torch.tensor(len(mask), device=mask.device)
+        return dict.fromkeys([*self.loss_weights, *self._matched], rows) | ({"layers": mask.sum()} if self.layers is not None else {})
 
     def forward(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        teacher, masks = self._beside
+        masks, weights = self._beside[1], self.loss_weights
         inputs = {name: batch[name] for name in INPUTS if name in batch}
-        student = model(**inputs, masks=masks.sample() if masks else None).logits
-        with torch.no_grad():
-            soft = teacher.to(student.device, student.dtype)(**inputs).logits
-        regression = student.shape[-1] == 1
-        losses = {"distill": output_loss(student, soft) if regression else prediction_loss(student, soft, self.settings.temperature)}
-        if self.settings.hard_labels:
-            losses["hard"] = label_loss(student, batch["labels"])
-        if masks:
+        drawn = masks.sample() if masks is not None else None
+        student = model(**inputs, masks=drawn, output_hidden_states=self.layers is not None)
+        teacher = self._teach(student, inputs, batch) if "distill" in weights or "layers" in weights else {}
+        losses = {}
+        if "distill" in weights:
+            losses["distill"] = self._soft(student, teacher, batch["attention_mask"])
+        if self.layers is not None:
+            living = _alive(model.config, drawn, masks)
+            losses["layers"], matched = self.layers(teacher["hidden_states"][1:], student["hidden_states"][1:], batch["attention_mask"], living)
+            losses |= dict(zip(self._matched, matched.float() + 1, strict=True))
+        if "hard" in weights:
+            losses["hard"] = label_loss(student["logits"], batch["labels"]) if "logits" in student else span_loss(*_spans(student), batch)
+        if masks is not None:
             losses["sparsity"] = masks.penalty()
         return losses
 
-    def _names(self) -> list[str]:
-        return ["distill", *["hard"] * bool(self.settings.hard_labels), *["sparsity"] * (self._beside[1] is not None)]
+    @torch.no_grad()
+    def _teach(self, student: Mapping[str, Any], inputs: Batch, batch: Batch) -> Mapping[str, Any]:
+        """What the teacher gives for a batch: by the names of a model's outputs."""
+        like: Tensor = student["logits"] if "logits" in student else student["start_logits"]
+        teacher = self._beside[0]
+        if isinstance(teacher, Tensor):
+            return {"logits": teacher[batch["example"].cpu()].to(like.device)}
+        found: Mapping[str, Any] = teacher.to(like.device, like.dtype)(**inputs, output_hidden_states=self.layers is not None)
+        return found
+
+    def _soft(self, student: Mapping[str, Any], teacher: Mapping[str, Any], attention_mask: Tensor) -> Tensor:
+        temperature = self.settings.temperature
+        if "logits" not in student:
+            start, end = (
+                prediction_loss(ours, theirs, temperature, attention_mask) for ours, theirs in zip(_spans(student), _spans(teacher), strict=True)
+            )
+            return (start + end) / 2
+        ours, theirs = student["logits"], teacher["logits"]
+        return output_loss(ours, theirs) if ours.shape[-1] == 1 else prediction_loss(ours, theirs, temperature)
+
+
+def _spans(output: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    return output["start_logits"], output["end_logits"]
+
+
+def _alive(config: Any, drawn: dict[str, Tensor] | None, masks: Masks | None) -> Tensor:
+    """bool [layers]: which have a sub-layer left, in the student and in this step's masks."""
+    left = torch.tensor([heads + neurons > 0 for heads, neurons in zip(config.heads_per_layer, config.ffn_per_layer, strict=True)])
+    if drawn is None or masks is None:
+        return left
+    living = alive(drawn, masks.prunable)
+    both = living["attention"] | living["feedforward"]
+    return left.to(both.device) & both

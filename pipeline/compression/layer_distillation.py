@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-Rule = Literal["free", "ordered", "ordered_as_coded", "fixed"]
+from pipeline.compression.settings import LayerMapping
 
 
 def teacher_layers(layers: int, matched: int = 4) -> tuple[int, ...]:
@@ -29,13 +29,13 @@ class LayerDistillation(nn.Module):
     """The loss, and W [teacher width, student width], which is trained with the student.
 
     taught: the teacher's layers, from 0, rising. kept: int64 [student width], which of the teacher's dimensions a narrower student has left;
-    W begins as the identity on those.
+    W begins as the identity on those. m is found for each micro-batch by itself.
     """
 
-    def __init__(self, taught: Sequence[int], teacher_width: int, *, rule: Rule = "free", kept: Tensor | None = None):
+    def __init__(self, taught: Sequence[int], teacher_width: int, *, rule: LayerMapping = "ordered", kept: Tensor | None = None):
         super().__init__()
         self.taught, self.rule = tuple(taught), rule
-        kept = torch.arange(teacher_width) if kept is None else kept
+        kept = torch.arange(teacher_width) if kept is None else kept.cpu()
         self.transform = nn.Linear(len(kept), teacher_width)
         with torch.no_grad():
             self.transform.weight.copy_(torch.eye(teacher_width)[:, kept])
@@ -50,26 +50,27 @@ class LayerDistillation(nn.Module):
         a sub-layer left, None: all.
         """
         real = attention_mask.bool()
-        goals = [teacher[layer][real].float() for layer in self.taught]
-        made = [self.transform(state[real]).float() for state in student]
-        distances = torch.stack([torch.stack([(state - goal).square().mean() for state in made]) for goal in goals])
-        matched = match(distances.detach(), self.rule, self.taught, alive)
-        return distances.gather(1, matched[:, None]).sum(), matched
+        goals = torch.stack([teacher[layer][real] for layer in self.taught]).float()
+        made = self.transform(torch.stack([state[real] for state in student])).float()
+        with torch.no_grad():
+            distances = torch.stack([torch.stack([F.mse_loss(state, goal) for state in made]) for goal in goals])
+        matched = match(distances, self.rule, alive)
+        return F.mse_loss(made[matched], goals) * len(goals), matched
 
 
-def match(distances: Tensor, rule: Rule, taught: Sequence[int], alive: Tensor | None = None) -> Tensor:
+def match(distances: Tensor, rule: LayerMapping, alive: Tensor | None = None) -> Tensor:
     """m(a) of each taught layer: int64 [taught]. distances [taught, layers]; alive: bool [layers].
 
     free: the nearest layer. ordered: from the top down the nearest of those alive below the layer matched before; where there is none, that layer
-    again. fixed: the layer of the same number. ordered_as_coded: `ordered` as in the official code, whose test for life falls on the rank in
-    distance instead of on the layer, so that it may take a dead one.
+    again. fixed: layers as evenly spaced as those taught. ordered_as_coded: `ordered` as in the official code, whose test for life falls on the rank
+    in distance instead of on the layer, so that it may take a dead one.
     """
     layers = distances.shape[1]
     alive = torch.ones(layers, dtype=torch.bool, device=distances.device) if alive is None else alive.to(distances.device)
     if rule == "free":
         return distances.argmin(dim=1)
     if rule == "fixed":
-        return torch.tensor(taught, device=distances.device)
+        return torch.tensor(teacher_layers(layers, len(distances)), device=distances.device)
     found, before = [], torch.tensor(layers, device=distances.device)
     places = torch.arange(layers, device=distances.device)
     for row in distances.flip(0):

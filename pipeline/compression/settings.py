@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from pipeline.settings import Settings, setting
 
 Unit = Literal["attention", "feedforward", "heads", "neurons", "hidden"]
 
 
+LayerMapping = Literal["free", "ordered", "fixed", "ordered_as_coded"]
+
+
 class DistillationSettings(Settings):
     """The loss a student learns its teacher from."""
 
+    teacher: str | None = setting(None, "Model directory to learn from: of the same task, labels and vocabulary. null: the fine-tuned model.")
+    teacher_outputs: str | None = setting(
+        None,
+        "Black box: a file of a teacher's logits in place of the model, for each training example in the order of finetune's task.json. .npz:"
+        ' `logits` [examples, labels]; .jsonl: a line {"logits": [..]} each.',
+    )
     temperature: float = setting(2.0, "Temperature of the soft labels.", gt=0)
-    prediction: float = setting(1.0, "Weight of the soft-label loss.", ge=0)
-    hard_labels: float = setting(0.0, "Weight of the cross-entropy with the true labels.", ge=0)
+    prediction: float = setting(0.5, "Weight of the soft-label loss.", ge=0)
+    layers: float = setting(0.5, "Weight of the layer-wise loss; 0: outputs alone.", ge=0)
+    mapping: LayerMapping = setting(
+        "ordered",
+        "Which layer learns each of the teacher's four. ordered: the nearest alive, higher ones from higher; free: the nearest, and all may be the"
+        " same; fixed: evenly spaced ones; ordered_as_coded: as the official code has it.",
+    )
+    hard_labels: float = setting(0.0, "Weight of the loss of the true labels.", ge=0)
+
+    @model_validator(mode="after")
+    def _learns(self) -> DistillationSettings:
+        if not self.prediction + self.layers + self.hard_labels:
+            raise ValueError("prediction, layers and hard_labels are all 0: nothing is learnt; give one of them a weight")
+        if self.teacher_outputs and self.teacher:
+            raise ValueError("teacher and teacher_outputs are two teachers; give one")
+        if self.teacher_outputs and self.layers:
+            raise ValueError(f"layers: {self.layers:g} learns a teacher's hidden states, which teacher_outputs does not have: set layers: 0")
+        return self
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class SparsitySettings(Settings):
     """What to remove, and how the masks get there."""
 
-    target: float = setting(0.6, "Share of the encoder's prunable parameters to remove.", gt=0, lt=1)
+    target: Share | tuple[Share, ...] = setting(
+        0.6,
+        "Share of the encoder's prunable parameters to remove. Several: a model of each, the next target from the masked student of the one before.",
+    )
     units: tuple[Unit, ...] = setting(("heads", "neurons"), "What the masks stand for.", min_length=1)
     prepruning_ratio: float = setting(0.05, "Share of the steps that only distil, before any mask moves.", ge=0, lt=1)
     warmup_ratio: float = setting(0.4, "Share of the steps over which the target rises from 0.", ge=0, lt=1)
+    evaluate_every: float = setting(
+        1.0, "Once the target is at its full, the student is scored on the development split this often, and the best is kept.", unit="epochs", gt=0
+    )
     mask_lr: float = setting(0.05, "Learning rate of the masks' log alpha and of the Lagrange multipliers.", gt=0)
     gate_lr_ratio: float = setting(
         0.2,
@@ -33,6 +67,17 @@ class SparsitySettings(Settings):
         " of them with it, so that the layers fall first.",
         gt=0,
     )
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """One or several, rising."""
+        return self.target if isinstance(self.target, tuple) else (self.target,)
+
+    @model_validator(mode="after")
+    def _rises(self) -> SparsitySettings:
+        if not self.targets or list(self.targets) != sorted(set(self.targets)):
+            raise ValueError(f"target {list(self.targets)}: give one or more, each above the one before, since each goes on from there")
+        return self
 
     @model_validator(mode="after")
     def _leaves_steps(self) -> SparsitySettings:

@@ -21,8 +21,13 @@ class Span(Objective):
 
     def forward(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         output = model(**{name: batch[name] for name in INPUTS if name in batch})
-        start, end = (scores_of_tokens(logits, batch["attention_mask"]) for logits in (output.start_logits, output.end_logits))
-        return {"span": (F.cross_entropy(start, batch["start_positions"]) + F.cross_entropy(end, batch["end_positions"])) / 2}
+        return {"span": span_loss(output.start_logits, output.end_logits, batch)}
+
+
+def span_loss(start_logits: Tensor, end_logits: Tensor, batch: Batch) -> Tensor:
+    """start_logits, end_logits [B, L]; batch: `start_positions`, `end_positions` [B], `attention_mask` [B, L]."""
+    start, end = (scores_of_tokens(logits, batch["attention_mask"]) for logits in (start_logits, end_logits))
+    return (F.cross_entropy(start, batch["start_positions"]) + F.cross_entropy(end, batch["end_positions"])) / 2
 
 
 def scores_of_tokens(logits: Tensor, attention_mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.compression.distillation import Distillation
+from pipeline.compression.layer_distillation import LayerDistillation, teacher_layers
 from pipeline.compression.masks import Masks
 from pipeline.compression.settings import DistillationSettings, SparsitySettings
 from pipeline.compression.sparsity import Prunable
@@ -66,10 +67,12 @@ def test_sixty_percent_of_an_encoder_goes_and_its_score_stays():
     teacher = fit(TrimlineForSequenceClassification(config), Classify(), 200)
     score = accuracy(teacher)
     masks = Masks(Prunable(2, 32, 4, 128), SparsitySettings(), target=0.6, steps=STEPS, seed=1)
-    student = fit(copy.deepcopy(teacher), Distillation(teacher, DistillationSettings(), masks), STEPS, side=masks)
+    student = fit(
+        copy.deepcopy(teacher), Distillation(teacher, DistillationSettings(), masks, LayerDistillation(teacher_layers(2), 32)), STEPS, side=masks
+    )
     settled, _ = masks.settle()
     removed = remove(student, settled)
-    recovered = fit(copy.deepcopy(removed), Distillation(teacher, DistillationSettings()), 40, lr=1e-3)
+    recovered = fit(copy.deepcopy(removed), Distillation(teacher, DistillationSettings(layers=0)), 40, lr=1e-3)
     assert 1 - block_parameters(removed.config) / block_parameters(config) == pytest.approx(0.6, abs=0.01)
     assert accuracy(removed) == accuracy(student, settled)
     assert score > 0.9
