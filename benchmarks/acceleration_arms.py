@@ -262,6 +262,11 @@ class Arm:
         return self.recipe.directory / "snapshots" / self.identity / f"step-{step:08d}"
 
     @property
+    def bits(self) -> bytes:
+        """The trained weights as they are on disk."""
+        return (self.snapshot(self.steps) / "model.safetensors").read_bytes()
+
+    @property
     def logs(self) -> Path:
         return self.recipe.directory / "logs" / self.identity
 
