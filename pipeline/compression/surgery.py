@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
@@ -122,21 +121,41 @@ def _remove_dimensions(model: Any, mask: Tensor) -> None:
     model.config.full_hidden_size, model.config.hidden_size = full_width(model.config), int(kept.sum())
 
 
-def structure(model: TrimlinePreTrainedModel, dense: TrimlinePreTrainedModel) -> list[dict[str, int]]:
-    """What is left of each layer of `dense` in the pruned `model`, from the bottom."""
-    pairs = zip(_blocks(model), _blocks(dense), strict=True)
-    return [
-        {"layer": number, "heads": heads, "of_heads": of_heads, "neurons": neurons, "of_neurons": of_neurons}
-        for number, ((heads, neurons), (of_heads, of_neurons)) in enumerate(((_units(a), _units(b)) for a, b in pairs), start=1)
-    ]
+@torch.no_grad()
+def compact(model: Model) -> Model:
+    """A copy without the layers that have nothing left, with the same outputs (its hidden states are those of the layers that stay)."""
+    smaller = copy.deepcopy(model)
+    config, blocks = smaller.config, _blocks(smaller)
+    stay = [layer for layer, block in enumerate(blocks) if any(_units(block))]
+    smaller.base_model.layers = nn.ModuleList(blocks[layer] for layer in stay)
+    for name in ("heads_per_layer", "ffn_per_layer", "heads_kept"):
+        if (by_layer := getattr(config, name)) is not None:
+            setattr(config, name, [by_layer[layer] for layer in stay])
+    config.num_hidden_layers = len(stay)
+    return smaller
 
 
-def table(structure: list[dict[str, Any]]) -> Table:
-    """A structure for the terminal, the top layer first."""
-    shown = Table("layer", "heads", "neurons", title="What is left of the encoder")
-    for row in reversed(structure):
-        shown.add_row(str(row["layer"]), f"{row['heads']} of {row['of_heads']}", f"{row['neurons']} of {row['of_neurons']}")
-    return shown
+@torch.no_grad()
+def forget_width(model: Model) -> Model:
+    """A copy of a model whose layers are alike, and whose heads together are as wide as the dimensions left, that knows no other width: what stock
+    classes can hold.
+
+    A classifier's pooler still gives the former width. Of its outputs as many stay as there are dimensions, those of largest weights in the
+    classifier: the one step here that is not exact, and is for recovery to mend. Positions must be absolute, as all others know the heads there were.
+    """
+    same = copy.deepcopy(model)
+    config, pooler = same.config, same.base_model.pooler
+    assert {heads * config.head_dim for heads in config.heads_per_layer} == {config.hidden_size}, "heads and dimensions are of two widths"
+    assert config.positions == "absolute"
+    if isinstance(pooler, nn.Linear):
+        classifier: Any = same.classifier
+        kept = torch.zeros(pooler.out_features, dtype=torch.bool)
+        kept[classifier.weight.norm(dim=0).topk(config.hidden_size).indices.cpu()] = True
+        same.base_model.pooler, same.classifier = _outputs(pooler, kept), _inputs(classifier, kept)
+    for block in _blocks(same):
+        block.attention.kept = list(range(_units(block)[0]))
+    config.full_hidden_size, config.heads_kept = None, None
+    return same
 
 
 def _blocks(model: TrimlinePreTrainedModel) -> list[Any]:

@@ -13,6 +13,7 @@ from pipeline.compression import surgery
 from pipeline.compression.distillation import Distillation
 from pipeline.compression.masks import Masks
 from pipeline.compression.sparsity import Prunable
+from pipeline.compression.structure import structure, table
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.errors import UserError
 from pipeline.models import build, export, size
@@ -78,8 +79,8 @@ def run(work: Work) -> dict[str, Any]:
     if not work.ranks.first:
         return {}
     export.save(removed, tokenizer, work.directory / "model", recovered.weights)
-    structure = surgery.structure(removed, dense)
-    Console().print(surgery.table(structure))
+    left = structure(final_masks, masks.prunable)
+    Console().print(table(left))
     device = masks.lagrangian.multipliers.device  # where training was
     scores = {
         name: metrics.evaluate(_load(directory), tokenizer, task, "dev", settings.micro_batch_size, device)[task.metric]
@@ -98,7 +99,7 @@ def run(work: Work) -> dict[str, Any]:
         "realised_sparsity": round(1 - size.block_parameters(removed.config) / size.block_parameters(dense.config), 4),
         **{f"dev_{task.metric}_{name}": round(score, 4) for name, score in scores.items()},
     }
-    artifacts.write_json(work.directory / "structure.json", {**figures, "shifts": shifts, "layers": structure})
+    artifacts.write_json(work.directory / "structure.json", {**figures, "shifts": shifts, **left})
     return figures
 
 

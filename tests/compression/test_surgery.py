@@ -1,11 +1,11 @@
-import json
-
 import pytest
 import torch
+from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
 
 from pipeline.compression.sparsity import Prunable
-from pipeline.compression.surgery import remove, structure, table
+from pipeline.compression.surgery import compact, forget_width, remove
 from pipeline.errors import UserError
+from pipeline.models import export
 from pipeline.models.modeling_trimline import (
     TrimlineForCausalLM,
     TrimlineForMaskedLM,
@@ -61,9 +61,6 @@ def test_the_weights_are_gone_and_the_config_says_so(encoder):
     assert parameters(removed) < parameters(model)
     alive = sum(p.numel() for name, p in removed.named_parameters() if "attention." in name or "feed_forward." in name)
     assert alive == block_parameters(removed.config)
-    left = json.loads(json.dumps(structure(removed, model)))
-    assert left[1] == {"layer": 2, "heads": 0, "of_heads": 4, "neurons": kept_neurons[1], "of_neurons": 48}
-    assert table(left).row_count == 3
 
 
 def test_a_removed_model_is_built_again_from_its_config_and_can_be_pruned_further(encoder):
@@ -75,6 +72,51 @@ def test_a_removed_model_is_built_again_from_its_config_and_can_be_pruned_furthe
     masks = {"heads": torch.ones(3, 4)}
     masks["heads"][0, 0] = 0
     assert (remove(again, masks)(**inputs).logits - again(**inputs, masks=masks).logits).abs().max() < 1e-5
+
+
+def uniform_masks(dimensions, heads, neurons):
+    """The middle layer goes; of the others so many units stay, the last."""
+    masks = {"heads": torch.zeros(3, 4), "neurons": torch.zeros(3, 48), "hidden": torch.zeros(32)}
+    masks["heads"][[0, 2], -heads:], masks["neurons"][[0, 2], -neurons:], masks["hidden"][-dimensions:] = 1, 1, 1
+    return masks
+
+
+def test_layers_of_which_nothing_is_left_can_go_altogether(encoder):
+    masks = soft_masks(zero_heads=(0, 1), zero_neurons=(1,))
+    removed = remove(encoder(), masks)
+    smaller, inputs = compact(removed), batch()
+    assert torch.equal(smaller(**inputs).logits, removed(**inputs).logits)
+    assert (smaller.config.num_hidden_layers, smaller.config.heads_per_layer[0], len(smaller.config.heads_kept)) == (2, 0, 2)
+    again = TrimlineForSequenceClassification(smaller.config).eval()
+    again.load_state_dict(smaller.state_dict())
+    assert torch.equal(again(**inputs).logits, removed(**inputs).logits)
+    assert removed.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(("kind", "stock"), [(TrimlineForMaskedLM, BertForMaskedLM), (TrimlineForQuestionAnswering, BertForQuestionAnswering)])
+@pytest.mark.parametrize(("dimensions", "heads"), [(32, 4), (24, 3)])
+def test_a_uniform_shape_becomes_stock_bert_with_the_same_outputs(encoder, tmp_path, kind, stock, dimensions, heads):
+    model, inputs = encoder(kind=kind, labels=2), batch()
+    masks = uniform_masks(dimensions, heads, 20)
+    export.save(forget_width(compact(remove(model, masks))), None, tmp_path)
+    loaded = stock.from_pretrained(tmp_path)
+    assert (loaded.config.num_hidden_layers, loaded.config.hidden_size, loaded.config.num_attention_heads) == (2, dimensions, heads)
+    with torch.no_grad():
+        masked, found = model(**inputs, masks=masks), loaded(**inputs)
+    for name in ("logits",) if kind is TrimlineForMaskedLM else ("start_logits", "end_logits"):
+        assert (masked[name] - found[name])[inputs["attention_mask"] == 1].abs().max() < 1e-4
+
+
+def test_a_classifier_of_a_uniform_shape_becomes_stock_bert_and_loses_the_pooler_outputs_of_least_weight(encoder, tmp_path):
+    model, inputs = encoder(), batch()
+    with torch.no_grad():
+        model.classifier.weight[:, 3:11] = 0  # what is lost matters nothing
+    masks = uniform_masks(24, 3, 20)
+    export.save(forget_width(compact(remove(model, masks))), None, tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.classifier.in_features == loaded.bert.pooler.dense.out_features == 24
+    with torch.no_grad():
+        assert (model(**inputs, masks=masks).logits - loaded(**inputs).logits).abs().max() < 1e-4
 
 
 def test_one_unit_alone_can_be_masked(encoder):
