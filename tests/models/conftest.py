@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.compression.surgery import remove
 from pipeline.models.modeling_trimline import TrimlineConfig
 
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
@@ -43,3 +44,17 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [3, 12] and attention mask: rows of 12, 9 and 5 tokens."""
     mask = (torch.arange(12) < torch.tensor([[12], [9], [5]])).long()
     return torch.randint(5, 40, (3, 12)) * mask, mask
+
+
+@pytest.fixture
+def pruned() -> Any:
+    """Takes of a model of two layers the first one's feed-forward block, the second one's attention, two heads, a third of the neurons and, where
+    they can go, five dimensions; the rest is scaled."""
+
+    def prune(model: Any) -> Any:
+        masks = {"heads": torch.tensor([[0, 1, 0, 0.7], [1, 1, 1, 1]]), "neurons": torch.arange(96).reshape(2, 48) % 3 / 2}
+        masks |= {"attention": torch.tensor([0.9, 0]), "feedforward": torch.tensor([0, 0.8])}
+        dimensions = {} if model.config.positions == "sinusoidal" else {"hidden": torch.cat([torch.zeros(5), torch.ones(27)])}
+        return remove(model, masks | dimensions)
+
+    return prune

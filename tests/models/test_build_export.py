@@ -25,7 +25,13 @@ from transformers import (
 
 from pipeline.errors import UserError
 from pipeline.models import build, export
-from pipeline.models.modeling_trimline import TrimlineForCausalLM, TrimlineForMaskedLM, TrimlineForSequenceClassification, TrimlineModel
+from pipeline.models.modeling_trimline import (
+    TrimlineForCausalLM,
+    TrimlineForMaskedLM,
+    TrimlineForQuestionAnswering,
+    TrimlineForSequenceClassification,
+    TrimlineModel,
+)
 from pipeline.models.positions import SCHEMES
 from pipeline.models.settings import ModelSettings
 
@@ -120,30 +126,35 @@ for name in sys.argv[1:]:
     assert transformers.AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == "trimline"
     model = getattr(transformers, name.partition("-")[0]).from_pretrained(name, trust_remote_code=True).eval()
     body = transformers.AutoModel.from_pretrained(name, trust_remote_code=True).eval()
-    torch.save((model(*inputs).logits, body(*inputs).last_hidden_state), f"{name}.pt")
+    output = model(*inputs)
+    torch.save((output["start_logits" if "QuestionAnswering" in name else "logits"], body(*inputs).last_hidden_state), f"{name}.pt")
 """
 
 
-def test_exported_models_load_in_a_process_without_trimline(make_config, rows, tmp_path):
+def test_exported_models_load_in_a_process_without_trimline(make_config, pruned, rows, tmp_path):
     models = {
         "AutoModelForMaskedLM": TrimlineForMaskedLM(make_config(heads_per_layer=[3, 0], ffn_per_layer=[0, 7])),
         "AutoModelForCausalLM": TrimlineForCausalLM(make_config(kind="decoder", norm="pre")),
         "AutoModelForSequenceClassification": TrimlineForSequenceClassification(make_config(heads_per_layer=[1, 4], num_labels=3)),
     }
-    pruned = {"heads_per_layer": [2, 4], "heads_kept": [[1, 3], None]}
-    for scheme in SCHEMES:
-        models[f"AutoModelForMaskedLM-{scheme}"] = TrimlineForMaskedLM(make_config(positions=scheme, unpadded=True, **pruned))
+    kinds = [TrimlineForMaskedLM, TrimlineForSequenceClassification, TrimlineForQuestionAnswering]
+    for scheme, kind in zip(SCHEMES, kinds * len(SCHEMES), strict=False):
+        name = kind.__name__.replace("TrimlineFor", "AutoModelFor")
+        models[f"{name}-{scheme}"] = pruned(randomised(kind(make_config(positions=scheme, unpadded=True))))
+    decoder = TrimlineForCausalLM(make_config(kind="decoder", norm="pre", positions="rope"))
+    models["AutoModelForCausalLM-rope"] = pruned(randomised(decoder))
     for name, model in models.items():
-        export.save(randomised(model), None, tmp_path / name)
+        export.save(model if "-" in name else randomised(model), None, tmp_path / name)
     torch.save(rows, tmp_path / "inputs.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", FRESH, *models], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, model in models.items():
-        logits, hidden = torch.load(tmp_path / f"{name}.pt")
-        assert torch.allclose(logits, model(*rows).logits, atol=1e-5), name
-        assert torch.allclose(hidden, model.model(*rows).last_hidden_state, atol=1e-5), name
+        found, hidden = torch.load(tmp_path / f"{name}.pt")
+        expected = model(*rows)
+        torch.testing.assert_close(found, expected["start_logits" if "QuestionAnswering" in name else "logits"], atol=1e-5, rtol=1e-5, msg=name)
+        torch.testing.assert_close(hidden, expected.last_hidden_state, atol=1e-5, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("shape", [{}, {"positions": "tupe-relative"}])
