@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from pipeline.compression.settings import DistillationSettings, SparsitySettings
+from pipeline.compression.settings import DistillationSettings, OneShotSettings, SparsitySettings
 from pipeline.corpus.settings import TokenizeSettings
 from pipeline.errors import UserError
 from pipeline.evaluation.settings import EvaluateSettings
@@ -56,8 +56,13 @@ class FinetuneSettings(TaskTrainSettings):
 
 
 class PruneSettings(TaskTrainSettings):
-    """Pruning of the fine-tuned model on its own task, then fine-tuning of what is left."""
+    """Pruning of the fine-tuned model on its own task, then fine-tuning of what is left. Each target has so many epochs, and so many of recovery."""
 
+    method: Literal["cofi", "one-shot"] = setting(
+        "cofi", "cofi: masks are trained with the student; one-shot: units are ranked once, and what is left recovers."
+    )
+    multiple_of: int = setting(1, "Widths of layers that stay are rounded up to multiples of this, such as 8 or 64. 1: as they come.", ge=1)
+    one_shot: OneShotSettings = setting(OneShotSettings(), "How method one-shot ranks.")
     sparsity: SparsitySettings = setting(SparsitySettings(), "What to remove, and how the masks get there.")
     distillation: DistillationSettings = setting(DistillationSettings(), "How the student learns from the fine-tuned teacher.")
     recovery: TaskTrainSettings = setting(TaskTrainSettings(), "Fine-tuning after the removal.")
@@ -113,13 +118,26 @@ class Recipe(Settings):
             self._check_pretrain(self.pretrain)
         if self.index:
             self._check_index(self.index)
-        if self.prune and self.prune.time_budget is not None:
-            raise ValueError("prune.time_budget: the masks reach their target by steps, not by time; leave it out (prune.recovery may have one)")
+        if self.prune:
+            self._check_prune(self.prune)
         if self.finetune and self.finetune.task.length > self.model.max_length and self.model.from_ is None and self.model.bounded:
             raise ValueError(f"finetune.task.max_length {self.finetune.task.length} exceeds model.max_length {self.model.max_length}")
-        if self.prune and self.finetune and self.finetune.task.squad:
-            raise ValueError("prune takes a task of labels; finetune.task is squad: leave prune out")
         return self
+
+    def _check_prune(self, prune: PruneSettings) -> None:
+        sparsity = prune.sparsity
+        if prune.time_budget is not None:
+            raise ValueError("prune.time_budget: the masks reach their target by steps, not by time; leave it out (prune.recovery may have one)")
+        if self.finetune and self.finetune.task.squad and prune.distillation.teacher_outputs:
+            raise ValueError("prune.distillation.teacher_outputs holds logits of labels; finetune.task is squad: leave it out")
+        if sparsity.shape and prune.multiple_of > 1:
+            raise ValueError("prune.multiple_of rounds widths, which sparsity.shape says exactly; leave one of them out")
+        if prune.method == "one-shot" and not {"heads", "neurons"} <= set(sparsity.units):
+            raise ValueError(f"prune.method one-shot ranks heads and neurons; sparsity.units are {', '.join(sparsity.units)}: add them")
+        if prune.method == "one-shot" and "hidden" in sparsity.units and not sparsity.shape:
+            raise ValueError(
+                "prune.method one-shot takes dimensions away for a shape alone; leave hidden out of sparsity.units, or give sparsity.shape"
+            )
 
     def _check_index(self, index: IndexSettings) -> None:
         if not self.pretrain and self.model.from_ is None:

@@ -112,6 +112,10 @@ def _settings(recipe: Recipe, stage: str, before: list[Step]) -> dict[str, Any]:
     if stage == "tokenize":
         assert recipe.tokenize is not None
         found["sources"] = sources.identity(recipe.tokenize)
+    if stage == "prune" and recipe.prune and recipe.prune.distillation.teacher:
+        found["teacher_files"] = sources.directory_identity(recipe.prune.distillation.teacher)
+    if stage == "prune" and recipe.prune and recipe.prune.distillation.teacher_outputs:
+        found["teacher_outputs"] = artifacts.file_identity(sources.checked(Path(recipe.prune.distillation.teacher_outputs)))
     if stage == "finetune":
         assert recipe.finetune is not None
         found["task"] = task_sources.identity(recipe.finetune.task)

@@ -32,6 +32,12 @@ def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.float(), teacher.float())
 
 
+def label_losses(model: nn.Module, masks: dict[str, Tensor], batch: Batch) -> Tensor:
+    """The sum over a batch's rows of the loss of their labels, of a model with masks."""
+    output = model(**{name: batch[name] for name in INPUTS if name in batch}, masks=masks)
+    return _hard(output, batch) * len(batch["input_ids"])
+
+
 class Distillation(Objective):
     """Named losses, each where it has a weight: `distill` (soft labels), `layers` (hidden states), `hard` (true labels), and with masks `sparsity`
     (the Lagrangian). Logged besides: `matched_3`, which of the student's layers learns the teacher's third, both counted from 1.
@@ -88,7 +94,7 @@ class Distillation(Objective):
             losses["layers"], matched = self.layers(teacher["hidden_states"][1:], student["hidden_states"][1:], batch["attention_mask"], living)
             losses |= dict(zip(self._matched, matched.float() + 1, strict=True))
         if "hard" in weights:
-            losses["hard"] = label_loss(student["logits"], batch["labels"]) if "logits" in student else span_loss(*_spans(student), batch)
+            losses["hard"] = _hard(student, batch)
         if masks is not None:
             losses["sparsity"] = masks.penalty()
         return losses
@@ -112,6 +118,10 @@ class Distillation(Objective):
             return (start + end) / 2
         ours, theirs = student["logits"], teacher["logits"]
         return output_loss(ours, theirs) if ours.shape[-1] == 1 else prediction_loss(ours, theirs, temperature)
+
+
+def _hard(output: Mapping[str, Any], batch: Batch) -> Tensor:
+    return label_loss(output["logits"], batch["labels"]) if "logits" in output else span_loss(*_spans(output), batch)
 
 
 def _spans(output: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -59,12 +59,17 @@ class HardConcrete(nn.Module):
         return (self.keep_probability() - least) / (most - least)
 
     @torch.no_grad()
+    def soft(self) -> Tensor:
+        """The value in evaluation of a mask that is kept."""
+        return torch.sigmoid(SHARPNESS * self.log_alpha / TEMPERATURE)
+
+    @torch.no_grad()
     def deterministic(self, shift: float = 0.0) -> Tensor:
         """The mask of evaluation: along the last dimension as many zeros as are expected, the smallest; the others stay soft, below 1.
 
         shift: added to log alpha where zeros are counted; the soft values are those of log alpha itself.
         """
-        soft = torch.sigmoid(SHARPNESS * self.log_alpha / TEMPERATURE)
+        soft = self.soft()
         keep = self.keep_probability(shift)
         if self.scalar:
             return torch.where(keep < 0.5, 0.0, soft)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.compression.hard_concrete import HardConcrete
 from pipeline.compression.settings import SparsitySettings
-from pipeline.compression.sparsity import Lagrangian, Prunable
+from pipeline.compression.sparsity import Lagrangian, Prunable, Removed
 
 INITIAL = {"attention": 4.0, "feedforward": 4.0, "heads": 3.0, "hidden": 4.0, "neurons": 2.0}
 """Where log alpha starts, by unit, from the coarsest to the finest: masks nearly open, yet off the plateau. From the official 10 a mask has further
@@ -25,14 +25,26 @@ FINE = {"attention": "heads", "feedforward": "neurons"}
 class Masks(nn.Module):
     """Hard-concrete masks of the chosen units of a student, and the Lagrange multipliers.
 
-    steps: of the whole optimisation; the first `prepruning_ratio` of them leave the student whole. target: the sparsity to reach.
+    steps: of the whole optimisation; the first `prepruning_ratio` of them leave the student whole. target: the share to remove, as `removed`
+    measures it, of the parameters (`Prunable.sparsity`) where None.
     before: masks of a lower target, where the student they were trained with is pruned further. They are where these start, the target rises from
     theirs, and no steps leave the student whole.
     All ranks hold the same: the start and every draw are functions of (seed, step).
     """
 
-    def __init__(self, prunable: Prunable, settings: SparsitySettings, *, target: float, steps: int, seed: int, before: Masks | None = None) -> None:
+    def __init__(
+        self,
+        prunable: Prunable,
+        settings: SparsitySettings,
+        *,
+        target: float,
+        steps: int,
+        seed: int,
+        removed: Removed | None = None,
+        before: Masks | None = None,
+    ) -> None:
         super().__init__()
+        self.removed = removed or prunable.sparsity
         self.prunable, self.settings, self.target, self.seed = prunable, settings, target, seed
         self.start = 0 if before else round(settings.prepruning_ratio * steps)
         generator = torch.Generator().manual_seed(seed)
@@ -47,6 +59,20 @@ class Masks(nn.Module):
             self.units.load_state_dict(before.units.state_dict())
         self.lagrangian = Lagrangian(target, round(settings.warmup_ratio * steps), start=before.target if before else 0.0)
         self._step = 0
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """log alpha by unit: what is higher is worth more."""
+        return {unit: mask.log_alpha.detach() for unit, mask in self._each()}
+
+    def soft(self) -> dict[str, Tensor]:
+        """By unit the values of masks that are kept, whichever these are."""
+        return {unit: mask.soft() for unit, mask in self._each()}
+
+    @property
+    def hold(self) -> int:
+        """The step from which the target is at its full."""
+        return self.start + self.lagrangian.warmup
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Adam without decay or schedule; it descends on the masks and ascends on the multipliers."""
@@ -91,11 +117,11 @@ class Masks(nn.Module):
 
     def expected_sparsity(self) -> Tensor:
         """What the constraint holds: of `HardConcrete.openness`, with which masks at their limits count as the zeros and ones they become."""
-        return self.prunable.sparsity({unit: mask.openness() for unit, mask in self._each()})
+        return self.removed({unit: mask.openness() for unit, mask in self._each()})
 
     def realised_sparsity(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Of deterministic masks: what removing their zeros removes."""
-        return self.prunable.sparsity({unit: (mask > 0).float() for unit, mask in masks.items()})
+        return self.removed({unit: (mask > 0).float() for unit, mask in masks.items()})
 
     def deterministic(self, shifts: Mapping[str, float] | None = None) -> dict[str, Tensor]:
         """The masks of evaluation by unit. shifts: by unit, added to log alpha where zeros are counted."""

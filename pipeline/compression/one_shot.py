@@ -15,13 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.compression.shapes import highest, round_up
-from pipeline.compression.sparsity import Prunable
+from pipeline.compression.sparsity import Prunable, Removed
 from pipeline.errors import UserError
 from pipeline.models.modeling_trimline import Masks, TrimlinePreTrainedModel
 from pipeline.objectives.base import Batch
-
-Removed = Callable[[Mapping[str, Tensor]], Tensor]
-"""The share that is gone where these units stay: `Prunable.sparsity` of parameters, `latency.Table.saved` of time."""
 
 
 def importance(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.settings import Settings, setting
 
@@ -44,16 +44,51 @@ class DistillationSettings(Settings):
         return self
 
 
+def _several(value: Any) -> Any:
+    """One is a list of one."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 Share = Annotated[float, Field(gt=0, lt=1)]
+SpeedUp = Annotated[float, Field(gt=1)]
+
+
+class ShapeSettings(Settings):
+    """A shape that every layer has."""
+
+    layers: int = setting(..., "Layers to be left.", ge=1)
+    heads: int = setting(..., "Heads of each.", ge=1)
+    ffn: int = setting(..., "Feed-forward neurons of each.", ge=1)
+    hidden: int | None = setting(None, "Dimensions of the residual stream. null: the model's.", ge=1)
+
+
+class TimingSettings(Settings):
+    """The batch whose time counts in a speed-up."""
+
+    rows: int = setting(1, "Rows of the batch.", unit="rows", ge=1)
+    length: int = setting(128, "Length of each row.", unit="tokens", ge=1)
+    threads: int | None = setting(None, "CPU threads. null: PyTorch's.", ge=1)
+
+
+class OneShotSettings(Settings):
+    """Method one-shot: units are ranked once, by what the loss of the labels loses without them."""
+
+    examples: int = setting(2048, "Training examples that importance is measured on.", unit="examples", ge=1)
+    head_share: float = setting(0.5, "Of what is kept, the heads' share.", ge=0, le=1)
 
 
 class SparsitySettings(Settings):
     """What to remove, and how the masks get there."""
 
-    target: Share | tuple[Share, ...] = setting(
-        0.6,
+    target: Annotated[tuple[Share, ...], BeforeValidator(_several)] = setting(
+        (0.6,),
         "Share of the encoder's prunable parameters to remove. Several: a model of each, the next target from the masked student of the one before.",
     )
+    speed_up: Annotated[tuple[SpeedUp, ...], BeforeValidator(_several)] = setting(
+        (), "In place of target: how many times faster the layers are to be on this machine, by a table measured first. Several: as of target."
+    )
+    timing: TimingSettings = setting(TimingSettings(), "The batch whose time counts in speed_up.")
+    shape: ShapeSettings | None = setting(None, "In place of target: a shape that every layer has.")
     units: tuple[Unit, ...] = setting(("heads", "neurons"), "What the masks stand for.", min_length=1)
     prepruning_ratio: float = setting(0.05, "Share of the steps that only distil, before any mask moves.", ge=0, lt=1)
     warmup_ratio: float = setting(0.4, "Share of the steps over which the target rises from 0.", ge=0, lt=1)
@@ -68,15 +103,16 @@ class SparsitySettings(Settings):
         gt=0,
     )
 
-    @property
-    def targets(self) -> tuple[float, ...]:
-        """One or several, rising."""
-        return self.target if isinstance(self.target, tuple) else (self.target,)
-
     @model_validator(mode="after")
-    def _rises(self) -> SparsitySettings:
-        if not self.targets or list(self.targets) != sorted(set(self.targets)):
-            raise ValueError(f"target {list(self.targets)}: give one or more, each above the one before, since each goes on from there")
+    def _one_goal(self) -> SparsitySettings:
+        given = [name for name in ("target", "speed_up", "shape") if name in self.model_fields_set and getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are different things to reach; give one of them")
+        for name, values in (("target", self.target), ("speed_up", self.speed_up)):
+            if list(values) != sorted(set(values)) or (name == "target" and not values):
+                raise ValueError(f"{name} {list(values)}: give one or more, each above the one before, since each goes on from there")
+        if len(set(self.units)) < len(self.units):
+            raise ValueError(f"units {list(self.units)}: name each once")
         return self
 
     @model_validator(mode="after")

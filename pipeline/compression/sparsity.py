@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models.modeling_trimline import TrimlineConfig
+
+Removed = Callable[[Mapping[str, Tensor]], Tensor]
+"""The share that is gone where units are kept with these probabilities: `Prunable.sparsity` of parameters, `latency.Table.saved` of time."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,6 @@ class Prunable:
         else:
             size = heads * self.head + neurons * (self.neuron if "neurons" in keep else self.feedforward / self.ffn)
         return 1 - torch.as_tensor(size) / self.total
-
-    def most(self, units: Iterable[str]) -> float:
-        """The sparsity that is left of these units alone, all of them removed."""
-        return self.sparsity({unit: torch.zeros(self.shapes[unit]) for unit in units}).item()
 
     def _kept(self, fine: str, layer: str, keep: Mapping[str, Tensor]) -> Tensor | float:
         """How many of the fine units are kept, over all layers."""

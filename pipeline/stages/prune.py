@@ -1,110 +1,284 @@
-"""Fine-tuned model -> a smaller one of the same task: masks under a sparsity constraint, removal, recovery."""
+"""Fine-tuned model -> smaller ones of the same task: masks under a constraint, or a ranking at once; removal; recovery."""
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pipeline import artifacts
-from pipeline.compression import surgery
-from pipeline.compression.distillation import Distillation
+from pipeline.compression import goals as targets
+from pipeline.compression import one_shot, shapes, surgery, teachers
+from pipeline.compression.distillation import Distillation, label_losses
+from pipeline.compression.goals import Goal
+from pipeline.compression.latency import Table
+from pipeline.compression.layer_distillation import LayerDistillation, teacher_layers
 from pipeline.compression.masks import Masks
 from pipeline.compression.sparsity import Prunable
 from pipeline.compression.structure import structure, table
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.errors import UserError
-from pipeline.models import build, export, size
-from pipeline.models.modeling_trimline import TrimlineForSequenceClassification
+from pipeline.models import build, device, export, size
+from pipeline.models.modeling_trimline import TrimlinePreTrainedModel
 from pipeline.objectives.base import Trainee
 from pipeline.recipe import TaskTrainSettings
 from pipeline.tasks import metrics
 from pipeline.tasks import task as tasks
 from pipeline.tasks.batches import TaskBatches
 from pipeline.tasks.task import Task
-from pipeline.training.loop import Summary, train
+from pipeline.training.loop import Summary, Watch, train
 from pipeline.workflow import Work
 
-MASKING, REMOVED, RECOVERY = "masking", "removed", "recovery"
-"""Below the scratch directory, to resume from: checkpoints, the model right after the removal, checkpoints."""
+MASKING, MASKED, REMOVED, RECOVERY = "masking", "masked", "removed", "recovery"
+"""Below the scratch directory of each goal, to resume from: checkpoints, the student with its masks apart, the best model after the removal,
+checkpoints."""
+MASKS, CHOICE = "masks.safetensors", "choice.json"
+"""Beside the removed model: the masks it was removed by, and how they came about."""
 
 MISSED = 0.05
 """How far from its target the expected sparsity may end without a word."""
 
 
 def run(work: Work) -> dict[str, Any]:
-    recipe, settings = work.recipe, work.recipe.prune
-    assert settings is not None
-    assert recipe.finetune is not None
-    finetuned = work.input("finetune") / "model"
-    tokenizer = tokenizers.load(finetuned)
-    task = tasks.open(work.input("finetune") / "task.json")
-    assert isinstance(task, Task)  # the recipe was checked
+    pruning = _Pruning(work)
+    before = None
+    for goal in pruning.goals:
+        if pruning.settings.method == "one-shot":
+            pruning.rank(goal)
+        else:
+            before = pruning.mask(goal, before)
+        pruning.recover(goal)
+    return pruning.publish() if work.ranks.first else {}
 
-    def steps_of(training: TaskTrainSettings) -> int:
-        return math.ceil(training.epochs * len(task.splits["train"]) / training.batch_size)
 
-    def distil(student: TrimlineForSequenceClassification, training: TaskTrainSettings, phase: str, masks: Masks | None = None) -> Summary:
-        """The fine-tuned model into the student, with the masks in it or without."""
-        objective = Distillation(_load(finetuned), settings.distillation, masks)
-        batches = TaskBatches(task.splits["train"], tokenizer, task, training.batch_size, recipe.seed)
+class _Pruning:
+    """The parts of the stage, which every rank calls alike."""
+
+    def __init__(self, work: Work) -> None:
+        assert work.recipe.prune is not None
+        self.work, self.settings, self.seed = work, work.recipe.prune, work.recipe.seed
+        self.finetuned = work.input("finetune") / "model"
+        self.tokenizer = tokenizers.load(self.finetuned)
+        self.task = tasks.open(work.input("finetune") / "task.json")
+        self.device = device.of_rank(work.ranks.rank)
+        self.dense = self._load(self.finetuned)
+        self.prunable = Prunable.of(self.dense.config)
+        if "hidden" in self.settings.sparsity.units:
+            surgery.check_dimensions(self.dense.config)
+        if not self.task.splits["dev"]:
+            raise UserError(f"{work.input('finetune') / 'task.json'}: the development split is empty, the best student could not be told")
+        self.batches = partial(TaskBatches, self.task.splits["train"], self.tokenizer, self.task, seed=self.seed)
+        self.teacher = self._teacher()
+        self.goals = self._goals()
+
+    def mask(self, goal: Goal, before: Masks | None) -> Masks:
+        """The student, trained with masks on its units until they remove what the goal asks; the best of what they made it is kept, without them."""
+        settings, scratch = self.settings, self._scratch(goal)
+        batches = self.batches(settings.batch_size)
+        steps = math.ceil(settings.epochs * batches.steps_per_epoch)
+        masks = Masks(self.prunable, settings.sparsity, target=goal.share, removed=goal.removed, steps=steps, seed=self.seed, before=before)
+        best = _Best(self, goal, masks, steps, max(1, round(settings.sparsity.evaluate_every * batches.steps_per_epoch)))
+        student = self._load(self.finetuned if before is None else self._scratch(self.goals[self.goals.index(goal) - 1]) / MASKED)
+        summary = self._distil(student, batches, settings, goal, MASKING, masks=masks, watch=best)
+        if summary.weights is not None:
+            export.save(student, self.tokenizer, scratch / MASKED, summary.weights)
+        expected = masks.expected_sparsity().item()
+        if self.work.ranks.first and abs(expected - goal.share) > MISSED:
+            print(
+                f"prune: {goal.name}: the masks ended at an expected sparsity of {expected:.3f}, the target is {goal.share:.3g}; a common threshold "
+                "made up the difference, which costs more than masks that got there: give prune more epochs, or a higher sparsity.mask_lr",
+                flush=True,
+            )
+        self.work.ranks.barrier()
+        return masks
+
+    def rank(self, goal: Goal) -> None:
+        """Units by what the labels' loss loses without them, the best of them kept."""
+        if self.work.ranks.first and self.choice(goal) is None:
+            settings = self.settings
+            batches = self.batches(settings.micro_batch_size)
+            count = math.ceil(min(settings.one_shot.examples, len(batches.lengths)) / settings.micro_batch_size)
+            rows = ({name: torch.from_numpy(array).to(self.device) for name, array in batches.batch(number).items()} for number in range(count))
+            model = self._load(self.finetuned).to(self.device)  # type: ignore[arg-type]
+            found = one_shot.importance(model, rows, partial(label_losses, model), units=settings.sparsity.units)
+            if goal.shape is not None:
+                masks = shapes.to_shape(found, goal.shape, self.prunable)
+            else:
+                masks = one_shot.choose(
+                    found,
+                    goal.removed,
+                    goal.share,
+                    head_share=settings.one_shot.head_share,
+                    multiple=settings.multiple_of,
+                    head_dim=self.dense.config.head_dim,
+                )
+            self.keep(goal, self.remove(self.dense, masks, goal), masks, {"removed": goal.removed(masks).item()})
+        self.work.ranks.barrier()
+
+    def recover(self, goal: Goal) -> None:
+        """What is left, trained from the teacher once more."""
+        removed = self._scratch(goal) / REMOVED
+        student, masks = self._load(removed), load_file(removed / MASKS)
+        kept = masks["hidden"].nonzero().flatten() if "hidden" in masks else None
+        recovery = self.settings.recovery
+        summary = self._distil(student, self.batches(recovery.batch_size), recovery, goal, RECOVERY, kept=kept)
+        if summary.weights is not None:
+            export.save(student, self.tokenizer, self._made(goal), summary.weights)
+
+    def publish(self) -> dict[str, Any]:
+        """Scores, structures, and the last model as the stage's own."""
+        teacher = self.score(self._load(self.finetuned))
+        *others, last = self.goals
+        entries = [self._entry(goal, teacher) for goal in self.goals]
+        if others:
+            shutil.copytree(self._made(last), self.work.directory / "model", dirs_exist_ok=True)
+        artifacts.write_json(self.work.directory / "structure.json", entries)
+        figures = [{name: value for name, value in entry.items() if isinstance(value, int | float)} for entry in entries]
+        return figures[-1] | {f"{name}_{goal.name}": value for goal, found in zip(others, figures, strict=False) for name, value in found.items()}
+
+    def _entry(self, goal: Goal, teacher: float) -> dict[str, Any]:
+        removed = self._scratch(goal) / REMOVED
+        left = structure(load_file(removed / MASKS), self.prunable)
+        Console().print(table(left))
+        scores = {"teacher": teacher, "removed": self.score(self._load(removed)), "recovered": self.score(self._load(self._made(goal)))}
+        config, dense = self._load(removed).config, self.dense.config
+        figures = {
+            "target_sparsity": round(goal.share, 4),
+            "realised_sparsity": round(1 - size.block_parameters(config) / size.block_parameters(dense), 4),
+            **{f"dev_{self.task.metric}_{name}": round(score, 4) for name, score in scores.items()},
+        }
+        return {"name": goal.name, **figures, **(self.choice(goal) or {}), **left}
+
+    # -- parts of these --
+
+    def remove(self, model: TrimlinePreTrainedModel, masks: Mapping[str, Tensor], goal: Goal) -> TrimlinePreTrainedModel:
+        """Without what the masks take; of a shape that stock classes have, so that they can load it."""
+        removed = surgery.remove(model, masks)
+        if goal.shape is None:
+            return removed
+        removed = surgery.compact(removed)
+        stock = goal.shape.is_stock(self.prunable) and removed.config.positions == "absolute"
+        return surgery.forget_width(removed) if stock else removed
+
+    def keep(self, goal: Goal, removed: TrimlinePreTrainedModel, masks: Mapping[str, Tensor], choice: dict[str, Any]) -> None:
+        """Whole or not at all."""
+        place = self._scratch(goal) / REMOVED
+        new = place.with_name(f"{REMOVED}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        export.save(removed, self.tokenizer, new)
+        save_file({unit: mask.contiguous().cpu() for unit, mask in masks.items()}, new / MASKS)
+        artifacts.write_json(new / CHOICE, choice)
+        shutil.rmtree(place, ignore_errors=True)
+        new.rename(place)
+
+    def choice(self, goal: Goal) -> dict[str, Any] | None:
+        """What `keep` was told of the model that is kept; None before any is."""
+        path = self._scratch(goal) / REMOVED / CHOICE
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def score(self, model: Any) -> float:
+        """By the task's own metric, on the development split."""
+        return metrics.evaluate(model, self.tokenizer, self.task, "dev", self.settings.micro_batch_size, self.device)[self.task.metric]
+
+    def _distil(
+        self,
+        student: TrimlinePreTrainedModel,
+        batches: TaskBatches,
+        training: TaskTrainSettings,
+        goal: Goal,
+        phase: str,
+        *,
+        masks: Masks | None = None,
+        kept: Tensor | None = None,
+        watch: Watch | None = None,
+    ) -> Summary:
+        """The teacher into the student, with the masks in it or without."""
+        settings, layers = self.settings.distillation, None
+        if settings.layers:
+            config: Any = self.teacher.config  # type: ignore[union-attr]
+            layers = LayerDistillation(teacher_layers(len(config.heads_per_layer)), config.hidden_size, rule=settings.mapping, kept=kept)
+        objective = Distillation(self.teacher, settings, masks, layers)
         return train(
             Trainee(student, objective, side=masks),
             batches,
             training,
-            steps=steps_of(training),
-            seed=recipe.seed,
-            directory=work.scratch / phase,
-            logs=work.logs / phase,
-            ranks=work.ranks,
+            steps=math.ceil(training.epochs * batches.steps_per_epoch),
+            seed=self.seed,
+            directory=self._scratch(goal) / phase,
+            logs=self.work.logs / goal.name / phase,
+            ranks=self.work.ranks,
             loss_weights=objective.loss_weights,
-            title=f"prune, {phase}",
+            title=f"prune to {goal.name}, {phase}",
+            watch=watch,
         )
 
-    dense = _load(finetuned)
-    masks = Masks(Prunable.of(dense.config), settings.sparsity, target=settings.sparsity.target, steps=steps_of(settings), seed=recipe.seed)
-    masked = distil(_load(finetuned), settings, MASKING, masks)
-    if work.ranks.first:
-        assert masked.weights is not None
-        final_masks, shifts = masks.settle()
-        student = _load(finetuned)
-        student.load_state_dict(masked.weights)
-        removed = surgery.remove(student, final_masks)
-        export.save(removed, tokenizer, work.scratch / REMOVED)
-    work.ranks.barrier()
+    def _goals(self) -> list[Goal]:
+        """What is to be reached; a speed-up by a table of this machine, which the first rank measures."""
+        path = self.work.scratch / "latency.json"
+        timed = bool(self.settings.sparsity.speed_up)
+        if timed and self.work.ranks.first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            targets.measured(self.settings.sparsity, self.dense.config, path, self.device)
+        self.work.ranks.barrier()
+        return targets.goals(self.settings.sparsity, self.prunable, Table.open(path) if timed else None)
 
-    recovered = distil(_load(work.scratch / REMOVED), settings.recovery, RECOVERY)
-    if not work.ranks.first:
-        return {}
-    export.save(removed, tokenizer, work.directory / "model", recovered.weights)
-    left = structure(final_masks, masks.prunable)
-    Console().print(table(left))
-    device = masks.lagrangian.multipliers.device  # where training was
-    scores = {
-        name: metrics.evaluate(_load(directory), tokenizer, task, "dev", settings.micro_batch_size, device)[task.metric]
-        for name, directory in (("teacher", finetuned), ("removed", work.scratch / REMOVED), ("recovered", work.directory / "model"))
-    }
-    target, expected = settings.sparsity.target, masks.expected_sparsity().item()
-    if abs(expected - target) > MISSED:
-        print(
-            f"prune: the masks ended at an expected sparsity of {expected:.3f}, the target is {target:g}; a common threshold made up the difference,"
-            " which costs more than masks that got there: give prune more epochs, or a higher sparsity.mask_lr",
-            flush=True,
-        )
-    figures = {
-        "target_sparsity": target,
-        "expected_sparsity": round(expected, 4),
-        "realised_sparsity": round(1 - size.block_parameters(removed.config) / size.block_parameters(dense.config), 4),
-        **{f"dev_{task.metric}_{name}": round(score, 4) for name, score in scores.items()},
-    }
-    artifacts.write_json(work.directory / "structure.json", {**figures, "shifts": shifts, **left})
-    return figures
+    def _teacher(self) -> TrimlinePreTrainedModel | Tensor:
+        settings = self.settings.distillation
+        labels = self.task.labels if isinstance(self.task, Task) else None
+        if settings.teacher_outputs is not None:
+            return teachers.outputs(settings.teacher_outputs, len(self.task.splits["train"]), len(labels or ()) or 1)
+        if settings.teacher is None:
+            return self._load(self.finetuned)
+        teacher = self._load(Path(settings.teacher))
+        teachers.check(teacher, self.dense, labels, layers=settings.layers > 0)
+        return teacher
+
+    def _load(self, directory: Path) -> TrimlinePreTrainedModel:
+        model = build.load(directory, head=self.task.head)
+        if not isinstance(model, TrimlinePreTrainedModel):
+            raise UserError(f"{directory}: a {type(model).__name__} cannot be pruned; prune takes models that Trimline made and stock BERT's")
+        return model
+
+    def _scratch(self, goal: Goal) -> Path:
+        return self.work.scratch / goal.name
+
+    def _made(self, goal: Goal) -> Path:
+        return self.work.directory / (f"models/{goal.name}" if len(self.goals) > 1 else "model")
 
 
-def _load(directory: Path) -> TrimlineForSequenceClassification:
-    model = build.load(directory, head="classification")
-    if not isinstance(model, TrimlineForSequenceClassification):
-        raise UserError(f"{directory}: a {type(model).__name__} cannot be pruned; prune takes models that Trimline made and stock BERT's")
-    return model
+class _Best:
+    """A watch on the masked student once its target is at its full: what removal would make of it is scored, and the best kept.
+
+    Every candidate is at the target, so that scores alone decide; of equal ones the later. every: steps between them; the last step's is one.
+    """
+
+    def __init__(self, pruning: _Pruning, goal: Goal, masks: Masks, steps: int, every: int) -> None:
+        self.pruning, self.goal, self.masks, self.steps, self.every = pruning, goal, masks, steps, every
+
+    def __call__(self, step: int, weights: Callable[[], dict[str, Tensor] | None]) -> None:
+        since = step - self.masks.hold
+        if step < self.steps and (since <= 0 or since % self.every):
+            return
+        full = weights()
+        if full is None:
+            return
+        pruning, goal = self.pruning, self.goal
+        settled, shifts = targets.settle(self.masks, goal, pruning.settings.multiple_of)
+        student = copy.deepcopy(pruning.dense)
+        student.load_state_dict(full)
+        removed = pruning.remove(student, settled, goal)
+        score, before = pruning.score(removed), pruning.choice(goal)
+        print(f"prune to {goal.name}: after step {step} {pruning.task.metric} {score:.4f} on the development split, without what the masks take")
+        if before is None or score >= before["dev_score"]:
+            expected = round(self.masks.expected_sparsity().item(), 4)
+            pruning.keep(goal, removed.cpu(), settled, {"step": step, "dev_score": score, "expected_sparsity": expected, "shifts": shifts})

@@ -28,7 +28,10 @@ from pipeline.training.schedules import learning_rate
 from pipeline.training.settings import TrainSettings
 from pipeline.training.signals import Stopped, StopRequest, stop_requests
 
-__all__ = ["Batches", "Stopped", "Summary", "train"]
+__all__ = ["Batches", "Stopped", "Summary", "Watch", "train"]
+
+Watch = Callable[[int, Callable[[], dict[str, Tensor] | None]], None]
+"""What a caller does while it trains: given the number of steps done, and how to ask for the weights as in `Summary`, which all ranks do alike."""
 
 
 class Batches(Protocol):
@@ -70,10 +73,13 @@ def train(
     ranks: Ranks,
     loss_weights: dict[str, float] | None = None,
     title: str = "pretrain",
+    watch: Watch | None = None,
 ) -> Summary:
     """Trains for `steps` optimiser steps, or until the settings' time budget is used up. Every rank calls it.
 
     Goes on from `directory/checkpoints` where there are any. The clock of the time budget is the first rank's, as it was when the step before began.
+    watch: called after each step, on every rank, before a checkpoint of it is saved; steps that are done again after a restart are watched again.
+    Its time does not count as training.
     The trainee's losses must be 0, not nan, in a batch without targets. A finished training returns its summary at once.
     Raises Stopped after SIGTERM, SIGINT or SIGUSR2, with a checkpoint saved; UserError when the batch cannot be divided among
     the ranks, the checkpoints do not fit, or a loss is no longer finite.
@@ -81,7 +87,7 @@ def train(
     if ranks.size > 1 and ranks.by != "torch":
         raise UserError(f"{title}: {ranks.size} ranks were started by {ranks.by}; start them with the deepspeed launcher or with srun")
     with stop_requests() as stop:
-        loop = _Loop(trainee, batches, settings, steps, seed, directory, logs, ranks, loss_weights or {}, title)
+        loop = _Loop(trainee, batches, settings, steps, seed, directory, logs, ranks, loss_weights or {}, title, watch)
         try:
             return loop.run(stop)
         finally:
@@ -100,6 +106,7 @@ class _Loop:
     ranks: Ranks
     loss_weights: dict[str, float]
     title: str
+    watch: Watch | None
 
     def __post_init__(self) -> None:
         trainee, batches, ranks = self.trainee, self.batches, self.ranks
@@ -147,6 +154,10 @@ class _Loop:
             self.done += 1
             microseconds, asked = observed()
             self.elapsed = microseconds / 1e6
+            if self.watch is not None:
+                before = time.perf_counter()
+                self.watch(self.done, lambda: engines.full_weights(self.engine, self.trainee.model))
+                self.clock += time.perf_counter() - before
             log = self._finished() or self.done % self.settings.log_every == 0
             save = asked or self._finished() or self.done % self.settings.checkpoint_every == 0
             if save or log:

@@ -93,15 +93,6 @@ def test_a_second_target_rises_from_the_first():
     assert Lagrangian(0.8, warmup=0, start=0.6).target_at(0) == 0.8
 
 
-@pytest.mark.parametrize(
-    ("units", "most"),
-    [(UNITS, 1.0), (("heads", "neurons"), 1.0), (("heads",), 864 / 2520), (("attention",), 864 / 2520), (("neurons", "feedforward"), 1656 / 2520)],
-)
-def test_the_most_that_units_can_reach(units, most):
-    """2 heads of 144 parameters and 32 neurons of 17, of a block of 552, in 3 layers."""
-    assert ORIGINAL.most(units) == pytest.approx(most, abs=0.01)
-
-
 def simulate(target, steps, units=("heads", "neurons"), pull=1.0, **settings):
     """A pruning of a network whose loss is quadratic in what its masks take away; some units matter a hundred times more.
 

@@ -33,7 +33,7 @@ def test_the_target_is_met_in_the_model_and_the_score_is_kept(finetuned, pruned)
 def test_the_model_and_its_structure_are_all_that_is_published(pruned):
     work, figures = pruned
     assert sorted(path.name for path in work.directory.iterdir()) == ["model", "scratch", "structure.json"]
-    structure = json.loads((work.directory / "structure.json").read_text())
+    (structure,) = json.loads((work.directory / "structure.json").read_text())
     config = build.load(work.directory / "model", head="classification").config
     assert [(row["heads"], row["neurons"]) for row in structure["layers"]] == list(zip(config.heads_per_layer, config.ffn_per_layer, strict=True))
     assert structure["realised_sparsity"] == figures["realised_sparsity"]
@@ -48,13 +48,13 @@ def test_labels_and_tokenizer_travel_with_the_model(finetuned, pruned):
 
 def test_the_constraint_can_be_watched(pruned):
     work, _ = pruned
-    lines = [json.loads(line) for line in (work.logs / "masking" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (work.logs / "0.6" / "masking" / "metrics.jsonl").read_text().splitlines()]
     side = lines[-1]["side"]
     alive = {f"{unit}_alive" for unit in ("heads", "neurons", "attention", "feedforward")}
     assert {"expected_sparsity", "realised_sparsity", "target_sparsity", "lambda_1", "lambda_2", *alive} == set(side)
     assert side["target_sparsity"] == 0.6
-    assert {"distill", "hard", "sparsity"} == set(lines[-1]["losses"])
-    assert (work.logs / "recovery" / "metrics.jsonl").is_file()
+    assert {"distill", "layers", "hard", "sparsity", "matched_1", "matched_2"} == set(lines[-1]["losses"])
+    assert (work.logs / "0.6" / "recovery" / "metrics.jsonl").is_file()
 
 
 def test_killed_in_the_recovery_it_resumes_to_the_same_model(finetuned, pruned, tmp_path, monkeypatch):

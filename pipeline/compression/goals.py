@@ -1,0 +1,79 @@
+"""What a pruning is to reach: a share of the parameters or of the time, or a shape; checked against what its units can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.compression import shapes
+from pipeline.compression.latency import Table
+from pipeline.compression.masks import Masks
+from pipeline.compression.settings import SparsitySettings
+from pipeline.compression.shapes import Shape
+from pipeline.compression.sparsity import Prunable, Removed
+from pipeline.errors import UserError
+from pipeline.models.modeling_trimline import TrimlineConfig
+
+
+@dataclass(frozen=True)
+class Goal:
+    """name: of its directory. share: to remove, as `removed` measures it. shape: what is to be left exactly, where that is the goal."""
+
+    name: str
+    share: float
+    removed: Removed
+    shape: Shape | None = None
+
+
+def goals(settings: SparsitySettings, prunable: Prunable, table: Table | None = None) -> list[Goal]:
+    """In the order in which they are reached. table: of the present machine, where speed-ups are asked for.
+
+    Raises UserError for what the units cannot reach, with the most that they can.
+    """
+    if settings.shape is not None:
+        given = settings.shape.model_dump()
+        shape = Shape(**{**given, "hidden": given["hidden"] or prunable.hidden})
+        left = shapes.to_shape({unit: torch.ones(prunable.shapes[unit]) for unit in settings.units}, shape, prunable)
+        return [Goal("shape", prunable.sparsity(left).item(), prunable.sparsity, shape)]
+    if table is not None:
+        found = [Goal(f"{speed_up:g}x", 1 - 1 / speed_up, table.saved) for speed_up in settings.speed_up]
+    else:
+        found = [Goal(f"{target:g}", target, prunable.sparsity) for target in settings.target]
+    most = found[-1].removed({unit: torch.zeros(prunable.shapes[unit]) for unit in settings.units}).item()
+    if found[-1].share >= most:
+        units = ", ".join(settings.units)
+        wanted, can = (
+            f"a speed-up of {1 / (1 - share):.3g}" if table is not None else f"{share:.3g}" for share in (found[-1].share, min(most, 0.999))
+        )
+        raise UserError(f"prune: the target is {wanted}, sparsity.units are {units}, which all removed make {can}; lower the target, or add units")
+    return found
+
+
+def settle(masks: Masks, goal: Goal, multiple: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The masks to remove by: exactly of the goal's shape, or of its share with widths rounded up; and the shifts of log alpha behind them."""
+    if goal.shape is not None:
+        kept = shapes.to_shape(masks.scores, goal.shape, masks.prunable)
+        soft = masks.soft()
+        return {unit: torch.where(mask > 0, soft[unit], 0.0) if unit in soft else mask for unit, mask in kept.items()}, {}
+    settled, shifts = masks.settle()
+    if multiple > 1:
+        settled = shapes.round_up(settled, masks.scores, multiple, masks.prunable.hidden // masks.prunable.heads)
+    return settled, shifts
+
+
+def measured(settings: SparsitySettings, config: TrimlineConfig, path: Path, device: torch.device) -> None:
+    """Writes the machine's table for a model, unless it was written before."""
+    if not path.is_file():
+        timing = settings.timing
+        hidden = config.hidden_size
+        widths = list(_widths(hidden)) if "hidden" in settings.units else None
+        Table.measure(config, rows=timing.rows, length=timing.length, device=device, threads=timing.threads, widths=widths).save(path)
+
+
+def _widths(hidden: int) -> Iterator[int]:
+    """A quarter, a half, three quarters of the dimensions, and all."""
+    return (max(1, hidden * quarter // 4) for quarter in (1, 2, 3, 4))
