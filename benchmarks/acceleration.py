@@ -44,7 +44,11 @@ from acceleration_measures import PROBES, TASKS, device, finetuned, probe, step_
 
 from pipeline.errors import UserError
 from pipeline.models.stopwatch import device_name
+from pipeline.objectives.base import Objective
+from pipeline.objectives.electra import Electra
+from pipeline.objectives.meta_controller import MetaController
 from pipeline.tasks.settings import GlueName
+from pipeline.training.telemetry import quotients
 
 MEASURES = ("value", *(f"probe {shown}" for shown in PROBES))
 CLAIMS = {
@@ -61,6 +65,7 @@ FACTORIAL = {
     "tupe-relative, warm": ("warm-tupe", "warm-tupe-notes", "warm-tupe-mc", "warm-tupe-notes-mc"),
 }
 """Positions -> the arms without more, with notes, with the meta-controller, with both."""
+OBJECTIVES: dict[str, type[Objective]] = {"meta_controller": MetaController, "electra": Electra}
 Curve = dict[int, float]
 Curves = dict[str, Curve]
 """Measure -> step -> loss."""
@@ -265,8 +270,8 @@ def along(arm: Arm, share: float) -> dict[str, float]:
     lines = [json.loads(line) for line in (arm.logs / "metrics.jsonl").read_text().splitlines()]
     count = max(len(lines) // 20, 1)
     end = max(round(share * len(lines)), count)
-    last = lines[end - count : end]
-    return {name: statistics.mean(line[group][name] for line in last) for group in ("losses", "ratios") for name in last[-1][group]}
+    means = {name: statistics.mean(line["losses"][name] for line in lines[end - count : end]) for name in lines[0]["losses"]}
+    return means | quotients(OBJECTIVES[arm.kind.objective["name"]].ratios, means)
 
 
 def rate_floor(wrong: float, options: int) -> float:
@@ -357,7 +362,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of training; default: the setting's own")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="TASK")
     parser.add_argument("--task-seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--turns", type=int, default=8, help="of timing; 0: no times")
+    parser.add_argument("--repeats", type=int, default=15, help="of timing a step; 0: no times")
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2, help="arms at a time, a thread each")
     options = parser.parse_args()
     options.work, options.data = options.work.absolute(), options.data.absolute()
@@ -372,9 +377,8 @@ def main() -> None:
     rows = f"{options.size.steps} steps of {options.size.batch} x {options.size.length} tokens"
     print(f"{options.setting}: {rows} (warm: half of them), seeds {options.seeds}; {options.size.model}, vocabulary {options.size.vocabulary}")
     found = Found(arms, options)
-    if options.turns:
-        first = [arm for arm in arms if arm.seed == options.seeds[0]]
-        found.times = step_times(first, options.turns, 4)
+    if options.repeats:
+        found.times = step_times([arm for arm in arms if arm.seed == options.seeds[0]], options.repeats)
     quality(found, options.tasks)
     factorial(found)
     equal_time(found)

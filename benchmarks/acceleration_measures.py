@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from pipeline import workflow
 from pipeline.evaluation import perplexity
 from pipeline.launch.ranks import Ranks
 from pipeline.models import build
+from pipeline.models.stopwatch import milliseconds
 from pipeline.objectives.mlm import Mlm
 from pipeline.objectives.notes import Notes
 from pipeline.objectives.settings import MlmSettings
@@ -187,25 +189,13 @@ def caught(arm: Arm) -> dict[str, Any]:
     raise AssertionError("the pretrain stage did not train")
 
 
-def step_times(arms: list[Arm], turns: int, steps: int) -> dict[str, float]:
-    """Milliseconds of a training step of each arm: plain PyTorch, in turn so that other load falls on all alike, the best turn of each.
-
-    CPU time of one thread, or the clock on a GPU.
-    """
-    torch.set_num_threads(1)
-    ready = {arm.name: _step(arm) for arm in arms}
-    best = dict.fromkeys(ready, math.inf)
-    for turn in range(turns + 1):  # the first is the warm-up
-        for name, step in ready.items():
-            start = _clock()
-            for number in range(steps):
-                step(turn * steps + number)
-            taken = 1000 * (_clock() - start) / steps
-            best[name] = min(best[name], taken) if turn else math.inf
-    return best
+def step_times(arms: list[Arm], repeats: int) -> dict[str, float]:
+    """Milliseconds of a training step of each arm, the median: plain PyTorch, the arms in turn; CPU time of one thread, or the clock on a GPU."""
+    times, _ = milliseconds({arm.name: _step(arm) for arm in arms}, repeats, device(), threads=1, clock=time.process_time)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def _step(arm: Arm) -> Callable[[int], None]:
+def _step(arm: Arm) -> Callable[[], None]:
     made = caught(arm)
     trainee, batches = made["trainee"].to(device()).train(), made["batches"]
     side = trainee.side
@@ -214,7 +204,10 @@ def _step(arm: Arm) -> Callable[[int], None]:
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=1e-5)
     narrow = torch.autocast(device().type, torch.bfloat16, enabled="bf16" in arm.size.deepspeed)
 
-    def step(number: int) -> None:
+    steps = itertools.count()
+
+    def step() -> None:
+        number = next(steps)
         if side is not None:
             side.before_step(number)
         rows = {name: torch.from_numpy(array).to(device()) for name, array in batches.batch(number, 0, 1).items()}
@@ -228,10 +221,3 @@ def _step(arm: Arm) -> Callable[[int], None]:
         trainee.zero_grad()
 
     return step
-
-
-def _clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
