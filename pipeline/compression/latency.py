@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -65,6 +66,8 @@ class Table:
     ) -> Table:
         """The median of `repeats` passes through each kind of block of an encoder that is to be pruned, in fp32.
 
+        On a CPU others' load does not count where threads are 1; several threads need the machine to themselves.
+
         widths: rising, up to the whole; None: the whole alone. Dimensions can be pruned by a table of several.
         Raises UserError for a length that the model has no positions for.
         """
@@ -77,7 +80,7 @@ class Table:
         with torch.inference_mode():
             inputs = {width: torch.randn(rows, length, width, device=device) for width in widths}
             blocks = {(kind, width, number): _block(config, kind, number, inputs[width]) for width in widths for kind, number in kinds}
-            times, threads = milliseconds(blocks, repeats, device, threads)
+            times, threads = milliseconds(blocks, repeats, device, threads, time.thread_time)
 
         def table(kind: str, grid: Sequence[int]) -> tuple[tuple[float, ...], ...]:
             measured = [[0.0, *(statistics.median(times[kind, width, number]) for number in grid[1:])] for width in widths]
