@@ -20,7 +20,15 @@ from pipeline.evaluation.settings import EvaluateSettings
 from pipeline.launch.settings import SlurmSettings
 from pipeline.memory.settings import IndexSettings
 from pipeline.models.settings import ModelSettings
-from pipeline.objectives.settings import AnyObjective, MlmSettings, NotesSettings, ReplacedTokenSettings, TrimeSettings
+from pipeline.objectives.settings import (
+    AnyObjective,
+    CausalSettings,
+    DistillSettings,
+    MlmSettings,
+    NotesSettings,
+    ReplacedTokenSettings,
+    TrimeSettings,
+)
 from pipeline.packing.settings import PackSettings
 from pipeline.settings import Settings, setting
 from pipeline.tasks.settings import TaskSettings
@@ -35,6 +43,9 @@ class RecipeError(UserError):
 
 class PretrainSettings(TrainSettings):
     objective: AnyObjective = setting(MlmSettings(), "What the model learns to predict.")
+    sparsity: SparsitySettings | None = setting(
+        None, "Prune the model while it is pretrained, before any task, with the objective as the loss; what is left goes on. null: keep it whole."
+    )
     notes: NotesSettings | None = setting(None, "Notes on rare words, read while pretraining and thrown away after it. null: none.")
     steps: int = setting(1000, "Optimiser steps.", unit="steps", ge=1)
     document_mask: bool = setting(False, "Attention stays inside a document, and positions restart in each; for rows that hold several documents.")
@@ -183,6 +194,10 @@ class Recipe(Settings):
                 f"pretrain.time_budget: objective {objective.name} begins without memory for a share of the steps, which a budget does not tell; "
                 "set objective.ce_warmup_ratio: 0, or leave the budget out"
             )
+        if isinstance(objective, DistillSettings):
+            self._check_distill(objective)
+        if pretrain.sparsity:
+            self._check_upstream(pretrain, pretrain.sparsity)
         if pretrain.notes:
             self._check_notes(pretrain.notes, objective)
         if pretrain.ranks_per_group > 1 and (objective.needs != "groups" or pack.group_size % pretrain.ranks_per_group):
@@ -198,11 +213,28 @@ class Recipe(Settings):
         if self.finetune and self.model.kind == "decoder" and self.model.from_ is None:
             raise ValueError("finetune classifies with an encoder; model.kind is decoder: leave finetune out, or use kind: encoder")
 
+    def _check_distill(self, objective: DistillSettings) -> None:
+        if self.model.from_ is None:
+            raise ValueError("objective distill has the model of model.from as its teacher: set model.from: DIR")
+        if objective.student is None and not (self.pretrain and self.pretrain.sparsity):
+            raise ValueError("objective distill needs a student smaller than its teacher: give objective.student, or prune it by pretrain.sparsity")
+
+    def _check_upstream(self, pretrain: PretrainSettings, sparsity: SparsitySettings) -> None:
+        objective = pretrain.objective
+        if not isinstance(objective, MlmSettings | DistillSettings | CausalSettings) or (isinstance(objective, CausalSettings) and objective.chunk):
+            raise ValueError(f"pretrain.sparsity prunes under mlm, distill and causal without chunk, not under this {objective.name}; leave it out")
+        if pretrain.notes:
+            raise ValueError("pretrain.sparsity and pretrain.notes both act beside the model; leave one of them out")
+        if sparsity.speed_up or (len(sparsity.target) > 1 and not sparsity.shape):
+            raise ValueError("pretrain.sparsity takes one target, or a shape; speed_up and several targets are for prune")
+        if pretrain.time_budget is not None:
+            raise ValueError("pretrain.time_budget: the masks of pretrain.sparsity reach their target by steps, not by time; leave one of them out")
+
     def _check_notes(self, notes: NotesSettings, objective: AnyObjective) -> None:
         low, high = notes.frequency
         if not 1 <= low <= high:
             raise ValueError(f"pretrain.notes.frequency [{low}, {high}]: expected the least and the most occurrences of a word, 1 <= from <= to")
-        if objective.kind != "encoder":
+        if objective.kind != "encoder" or isinstance(objective, DistillSettings):
             raise ValueError(
                 f"pretrain.notes are of the words on both sides, which objective {objective.name} does not see: leave notes out, or use mlm, "
                 "electra or meta_controller"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.objectives.settings import CausalSettings, ElectraSettings, MetaControllerSettings, MlmSettings
+from pipeline.objectives.settings import CausalSettings, DistillSettings, ElectraSettings, MetaControllerSettings, MlmSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ def build(
     ranks_per_group: int = 1,
     memory_module: str | None = None,
 ) -> Objective:
-    """The objective that the settings name.
+    """The objective that the settings name, but distill, which stands on compression.
 
     seed: of its draws about the data. model: configuration of the model to train, which a generator is made after. steps: of the whole
     training, of which warm-ups are a share. group_size: rows of a group, on `ranks_per_group` ranks. memory_module: see `CausalReader`.
@@ -47,6 +47,7 @@ def build(
         from pipeline.objectives.causal import Causal
 
         return Causal(settings.chunk, memory_module)
+    assert not isinstance(settings, DistillSettings), "made where the teacher is known (compression.general)"
     from pipeline.objectives import trime
 
     kinds: dict[str, type[trime.Trime]] = {"trimelm": trime.TrimeLocal, "trimelm_long": trime.TrimeLong, "trimelm_ext": trime.TrimeExternal}

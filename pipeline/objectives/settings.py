@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.settings import Settings, setting
 
@@ -99,6 +99,34 @@ class MetaControllerSettings(ReplacedTokenSettings):
     weight: float = setting(50.0, "Weight of the choice's loss, the controller's being 1.", gt=0)
 
 
+class StudentSettings(Settings):
+    """A smaller dense student of a teacher's width, with its embeddings and head."""
+
+    layers: int = setting(..., "Transformer blocks.", ge=1)
+    heads: int = setting(..., "Attention heads of each, of the teacher's width of a head.", ge=1)
+    ffn: int = setting(..., "Feed-forward neurons of each.", ge=1)
+    initial: Literal["layers", "random"] = setting(
+        "layers", "layers: from evenly spaced layers of the teacher, with their heads and neurons of largest weights; random: new layers."
+    )
+
+
+class DistillSettings(MaskingSettings):
+    """What the teacher, `model.from`, makes of the text (general distillation: Sanh et al. 2019, Jiao et al. 2020)."""
+
+    name: Literal["distill"] = "distill"
+    student: StudentSettings | None = setting(None, "The student's shape. null: the teacher's own, as where it is pruned (pretrain.sparsity).")
+    temperature: float = setting(2.0, "Temperature of the teacher's distributions.", gt=0)
+    prediction: float = setting(1.0, "Weight of the teacher's distributions of hidden tokens.", ge=0)
+    layers: float = setting(1.0, "Weight of the teacher's hidden states and embeddings.", ge=0)
+    hard_labels: float = setting(0.0, "Weight of the cross-entropy with the tokens that were hidden.", ge=0)
+
+    @model_validator(mode="after")
+    def _learns(self) -> DistillSettings:
+        if not (self.prediction or self.layers):
+            raise ValueError("prediction and layers are both 0, so that nothing is learnt from the teacher; give one a weight, or use objective mlm")
+        return self
+
+
 class CausalSettings(ObjectiveSettings):
     """Next-token prediction."""
 
@@ -147,7 +175,7 @@ class TrimeExtSettings(TrimeSettings):
 
 
 AnyObjective = Annotated[
-    MlmSettings | ElectraSettings | MetaControllerSettings | CausalSettings | TrimeSettings | TrimeLongSettings | TrimeExtSettings,
+    MlmSettings | DistillSettings | ElectraSettings | MetaControllerSettings | CausalSettings | TrimeSettings | TrimeLongSettings | TrimeExtSettings,
     Field(discriminator="name"),
 ]
 

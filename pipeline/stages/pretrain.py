@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from pipeline import objectives
+from pipeline import artifacts, objectives
+from pipeline.compression import goals, surgery
+from pipeline.compression.general import GeneralDistillation, Upstream
+from pipeline.compression.masks import Masks
+from pipeline.compression.sparsity import Prunable
+from pipeline.compression.structure import structure, table
+from pipeline.compression.student import student
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.corpus.store import Store
 from pipeline.errors import UserError
-from pipeline.models import build, export, size
+from pipeline.models import build, export, size, stock
 from pipeline.models.causal_reader import CausalReader
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlinePreTrainedModel
-from pipeline.objectives.base import Trainee
+from pipeline.objectives.base import Objective, Trainee
 from pipeline.objectives.notes import Notes
-from pipeline.objectives.settings import CausalSettings, TrimeSettings
+from pipeline.objectives.settings import CausalSettings, DistillSettings, TrimeSettings
 from pipeline.packing import word_counts
 from pipeline.packing.loader import Loader
 from pipeline.packing.plan import Plan
@@ -41,16 +49,29 @@ def run(work: Work) -> dict[str, Any]:
         rare = word_counts.rare(settings.notes.frequency, store, tokenizer, work.ranks, work.scratch)
     channels = {"places": settings.objective.needs_places, "words": settings.objective.needs_words, "document_mask": settings.document_mask}
     batches = Loader(plan, store, tokenizer, settings.batch_size, recipe.seed, rare=rare, **channels, **together)
-    objective = objectives.build(
-        settings.objective,
-        tokenizer,
-        recipe.seed,
-        model=model.config,
-        steps=settings.steps,
-        group_size=plan.group_size,
-        memory_module=recipe.model.memory_module,
-        **together,
-    )
+    objective: Objective
+    if isinstance(settings.objective, DistillSettings):
+        objective = GeneralDistillation(settings.objective, tokenizer, recipe.seed, model)
+        model = copy.deepcopy(model) if settings.objective.student is None else student(model, settings.objective.student)
+    else:
+        objective = objectives.build(
+            settings.objective,
+            tokenizer,
+            recipe.seed,
+            model=model.config,
+            steps=settings.steps,
+            group_size=plan.group_size,
+            memory_module=recipe.model.memory_module,
+            **together,
+        )
+    masks = None
+    if settings.sparsity:
+        prunable = Prunable.of(model.config)
+        (goal,) = goals.goals(settings.sparsity, prunable)
+        if "hidden" in settings.sparsity.units:
+            surgery.check_dimensions(model.config)
+        masks = Masks(prunable, settings.sparsity, target=goal.share, removed=goal.removed, steps=settings.steps, seed=recipe.seed)
+        objective = Upstream(objective, masks)
     if rare is not None:
         assert settings.notes is not None
         objective.take_notes(Notes(settings.notes, len(rare), model.config.hidden_size, recipe.seed))
@@ -59,7 +80,7 @@ def run(work: Work) -> dict[str, Any]:
         flops = size.training_flops_per_row(model.config, plan.length, objective.predicted) + objective.training_flops_per_row(plan.length)
     parameters = size.parameters(model)
 
-    trainee = Trainee(model, objective, side=objective.notes, flops_per_row=flops)
+    trainee = Trainee(model, objective, side=objective.notes or masks, flops_per_row=flops)
     summary = train(
         trainee,
         batches,
@@ -71,11 +92,39 @@ def run(work: Work) -> dict[str, Any]:
         ranks=work.ranks,
         loss_weights={**objective.loss_weights, **settings.loss_weights},
     )
-    if work.ranks.first:
+    pruned: dict[str, Any] = {}
+    if work.ranks.first and masks is None:
         export.save(model, tokenizer, work.directory / "model", summary.weights)
+    elif work.ranks.first:
+        assert masks is not None
+        export.save(model, tokenizer, work.scratch / "whole", summary.weights)
+        pruned = _remove(work, build.load(work.scratch / "whole", head=settings.objective.head), masks, goal, tokenizer)
     losses = {name if name in trainee.figures else f"loss_{name}": round(loss, 4) for name, loss in summary.losses.items()}
     ratios = {name: round(ratio, 4) for name, ratio in summary.ratios.items()}
-    return {**losses, **ratios, "steps": summary.steps, "tokens_per_second": round(summary.tokens_per_second), "parameters": parameters}
+    return {
+        **losses,
+        **ratios,
+        "steps": summary.steps,
+        "tokens_per_second": round(summary.tokens_per_second),
+        "parameters": parameters,
+        **pruned,
+    }
+
+
+def _remove(work: Work, whole: Any, masks: Masks, goal: goals.Goal, tokenizer: Any) -> dict[str, Any]:
+    """Publishes what the masks leave of the trained model, and says how much they removed."""
+    settled, _ = goals.settle(masks, goal, 1)
+    removed = surgery.remove(whole, settled)
+    left = structure(settled, masks.prunable)
+    Console().print(table(left))
+    artifacts.write_json(work.directory / "structure.json", left)
+    export.save(surgery.compact(removed) if goal.shape else removed, tokenizer, work.directory / "model")
+    realised = 1 - size.block_parameters(removed.config) / size.block_parameters(whole.config)
+    return {
+        "expected_sparsity": round(masks.expected_sparsity().item(), 4),
+        "realised_sparsity": round(realised, 4),
+        "parameters": size.parameters(removed),
+    }
 
 
 def starting_model(recipe: Recipe, tokenizer: Any, length: int) -> Any:
@@ -92,6 +141,9 @@ def starting_model(recipe: Recipe, tokenizer: Any, length: int) -> Any:
             f"not of one of type {model.config.model_type!r}; leave notes out, or start from one of those"
         )
     objective = recipe.pretrain.objective
+    if (isinstance(objective, DistillSettings) or recipe.pretrain.sparsity) and not isinstance(model, TrimlinePreTrainedModel):
+        why = stock.unlike(model.config)
+        raise UserError(f"{recipe.model.from_}: cannot be pruned or distilled: {why}; start from one of Trimline's own models, a BERT or a RoBERTa")
     if isinstance(objective, TrimeSettings) or (isinstance(objective, CausalSettings) and objective.chunk):
         CausalReader(model, recipe.model.memory_module).check()
     return model
