@@ -67,13 +67,13 @@ def headline(report: Report) -> dict[str, Any]:
         figures |= {f"perplexity_{_key(row['memory'])}": round(row["perplexity"], 3) for row in report["memories"]["rows"]}
     if task:
         figures |= {f"{task['split']}_{task['metric']}_{_key(model)}": round(scores[task["metric"]], 4) for model, scores in task["scores"].items()}
-    if latency and "pruned" in latency["speed_up"]:
-        figures["speed_up"] = round(latency["speed_up"]["pruned"], 2)
+    pruned = {model: times for model, times in latency["speed_up"].items() if model.startswith("pruned")} if latency else {}
+    figures |= {_key(model.replace("pruned", "speed_up")): round(times, 2) for model, times in pruned.items()}
     return figures
 
 
 def _key(name: str) -> str:
-    return name.replace("-", "").replace(", ", "_").replace("+", "_")
+    return name.replace("-", "").replace(", ", "_").replace(" ", "_").replace("+", "_")
 
 
 def _stage_rows(report: Report) -> Rows:

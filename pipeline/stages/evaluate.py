@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline import objectives
+from pipeline.compression.pictures import Point, trade_off_figure
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.corpus.store import Store
 from pipeline.evaluation import memories, perplexity, speed
@@ -54,16 +55,24 @@ def run(work: Work) -> dict[str, Any]:
             report["memories"] = _memories(work, model, device)
     if recipe.finetune:
         task = tasks.open(work.input("finetune") / "task.json")
-        models = {FINETUNED: _load(work, "finetune", task.head)}
+        models = {FINETUNED: _load(work.input("finetune") / "model", work, task.head)}
         if recipe.prune:
-            models[PRUNED] = _load(work, "prune", task.head)
+            models |= {name: _load(directory, work, task.head) for name, directory in _pruned(work.input("prune")).items()}
         report["models"] |= {name: _counts(model) for name, model in models.items()}
         tokenizer = tokenizers.load(work.input("finetune") / "model")
         print(f"evaluate: {' and '.join(models)} model on the task", flush=True)
         scores = {name: metrics.evaluate(model, tokenizer, task, "test", settings.batch_size, device) for name, model in models.items()}
         report["task"] = {"split": "test", "metric": task.metric, "scores": scores}
         print("evaluate: speed", flush=True)
-        report["latency"] = speed.latency(models, settings.latency, len(tokenizer), device)
+        report["latency"] = latency = speed.latency(models, settings.latency, len(tokenizer), device)
+        if recipe.prune:
+            points = [
+                Point(recipe.prune.method, name.removeprefix(PRUNED).strip(), latency["speed_up"][name], scores[name][task.metric])
+                for name in models
+                if name != FINETUNED
+            ]
+            figure = trade_off_figure(points, metric=f"{task.metric} ({report['task']['split']})", teacher=scores[FINETUNED][task.metric])
+            figure.savefig(work.directory / "trade_off.png")
     report |= {"device": speed.device_name(device), "versions": next(reversed(work.inputs.values())).manifest["versions"]}
     reports.write(report, work.directory)
     return reports.headline(report)
@@ -143,8 +152,14 @@ def _memories(work: Work, model: Any, device: torch.device) -> dict[str, Any]:
     return tested.report()
 
 
-def _load(work: Work, stage: str, head: build.Head) -> Any:
-    return build.load(work.input(stage) / "model", head=head, trust_remote_code=work.recipe.model.trust_remote_code)
+def _pruned(made: Path) -> dict[str, Path]:
+    """The pruned model; of several targets one a target, from the least pruned."""
+    names = [entry["name"] for entry in json.loads((made / "structure.json").read_text())] if (made / "models").is_dir() else []
+    return {f"{PRUNED} {name}": made / "models" / name for name in names} or {PRUNED: made / "model"}
+
+
+def _load(directory: Path, work: Work, head: build.Head) -> Any:
+    return build.load(directory, head=head, trust_remote_code=work.recipe.model.trust_remote_code)
 
 
 def _counts(model: Any) -> dict[str, int | None]:

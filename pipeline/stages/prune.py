@@ -24,6 +24,7 @@ from pipeline.compression.goals import Goal
 from pipeline.compression.latency import Table
 from pipeline.compression.layer_distillation import LayerDistillation, teacher_layers
 from pipeline.compression.masks import Masks
+from pipeline.compression.pictures import structure_figure
 from pipeline.compression.sparsity import Prunable
 from pipeline.compression.structure import structure, table
 from pipeline.corpus import tokenizer as tokenizers
@@ -150,6 +151,7 @@ class _Pruning:
         removed = self._scratch(goal) / REMOVED
         left = structure(load_file(removed / MASKS), self.prunable)
         Console().print(table(left))
+        structure_figure(left, f"{self.work.recipe.name}, {goal.name}").savefig(self.work.directory / f"structure-{goal.name}.png")
         scores = {"teacher": teacher, "removed": self.score(self._load(removed)), "recovered": self.score(self._load(self._made(goal)))}
         config, dense = self._load(removed).config, self.dense.config
         figures = {

@@ -103,7 +103,7 @@ def test_a_finetune_only_recipe_is_scored_on_the_test_split_before_and_after_pru
     assert dense["parameters"] > small["parameters"] > small["encoder_parameters"]
     assert set(report["latency"]["milliseconds"]) == {"fine-tuned", "pruned"}
     assert figures["speed_up"] > 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.md", "trade_off.png"]
 
 
 def test_a_recipe_without_pruning_has_one_model(finetuned, tmp_path):

@@ -32,7 +32,7 @@ def test_the_target_is_met_in_the_model_and_the_score_is_kept(finetuned, pruned)
 
 def test_the_model_and_its_structure_are_all_that_is_published(pruned):
     work, figures = pruned
-    assert sorted(path.name for path in work.directory.iterdir()) == ["model", "scratch", "structure.json"]
+    assert sorted(path.name for path in work.directory.iterdir()) == ["model", "scratch", "structure-0.6.png", "structure.json"]
     (structure,) = json.loads((work.directory / "structure.json").read_text())
     config = build.load(work.directory / "model", head="classification").config
     assert [(row["heads"], row["neurons"]) for row in structure["layers"]] == list(zip(config.heads_per_layer, config.ffn_per_layer, strict=True))

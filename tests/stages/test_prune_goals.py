@@ -1,0 +1,159 @@
+"""What else can be asked of a pruning: several targets, other units, a speed-up, a shape, one shot, other teachers; and what cannot."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.artifacts import Artifact
+from pipeline.errors import UserError
+from pipeline.models import build, export
+from pipeline.models.size import block_parameters
+from pipeline.recipe import Recipe
+from pipeline.stages import evaluate, prune
+from pipeline.workflow import Work
+
+ALL = ["attention", "feedforward", "heads", "neurons", "hidden"]
+LAYERS = ALL[:4]
+
+
+@pytest.fixture
+def run(finetuned, tmp_path):
+    """Prunes the toy model with these settings: (work, figures)."""
+
+    def prune_with(artifact=None, epochs=3, **settings):
+        recipe = finetuned.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        recipe["prune"] |= {"epochs": epochs, "recovery": {"epochs": 1, "batch_size": 32, "lr": 1e-3}} | settings
+        (tmp_path / "made").mkdir()
+        work = Work("prune", Recipe.model_validate(recipe), {"finetune": artifact or finetuned.artifact}, tmp_path / "made", tmp_path / "logs")
+        return work, prune.run(work)
+
+    return prune_with
+
+
+def sparsity(model, dense):
+    return 1 - block_parameters(model.config) / block_parameters(dense.config)
+
+
+def test_several_targets_make_a_model_each_and_go_on_from_one_another(run, finetuned, tmp_path):
+    work, figures = run(sparsity={"target": [0.4, 0.6, 0.8], "units": LAYERS}, epochs=4)
+    made = {name: build.load(work.directory / "models" / name, head="classification") for name in ("0.4", "0.6", "0.8")}
+    assert [sparsity(model, finetuned.model) for model in made.values()] == pytest.approx([0.4, 0.6, 0.8], abs=0.02)
+    last = build.load(work.directory / "model", head="classification").state_dict()
+    assert all(torch.equal(last[name], tensor) for name, tensor in made["0.8"].state_dict().items())
+    entries = json.loads((work.directory / "structure.json").read_text())
+    assert [entry["name"] for entry in entries] == ["0.4", "0.6", "0.8"]
+    assert figures["realised_sparsity"] == pytest.approx(0.8, abs=0.02)
+    assert figures["realised_sparsity_0.4"] == pytest.approx(0.4, abs=0.02)
+    first = [json.loads((tmp_path / "logs" / name / "masking" / "metrics.jsonl").read_text().splitlines()[0]) for name in ("0.4", "0.6", "0.8")]
+    risen = [row["side"]["target_sparsity"] for row in first]
+    assert 0 <= risen[0] < 0.1
+    assert risen[1:] == [0.4, 0.6]  # no steps that leave the student whole
+
+    (tmp_path / "report").mkdir()
+    pruned = Artifact(work.directory, finetuned.artifact.manifest)
+    inputs = {"finetune": finetuned.artifact, "prune": pruned}
+    reported = evaluate.run(Work("evaluate", work.recipe, inputs, tmp_path / "report", tmp_path / "logs"))
+    assert {f"{what}_{name}" for what in ("test_accuracy_pruned", "speed_up") for name in ("0.4", "0.6", "0.8")} < set(reported)
+    assert "pruned 0.6" in (tmp_path / "report" / "report.md").read_text()
+    assert (tmp_path / "report" / "trade_off.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("units", [ALL, ["attention", "feedforward"], ["hidden"], ["neurons", "hidden"], ["heads", "feedforward"]], ids=str)
+def test_any_units_alone_or_together(run, finetuned, units):
+    """The official code lacks a mask where layers or dimensions are left out."""
+    target = 0.45
+    work, figures = run(sparsity={"target": target, "units": units})
+    found = build.load(work.directory / "model", head="classification")
+    assert figures["realised_sparsity"] == pytest.approx(sparsity(found, finetuned.model), abs=1e-4)
+    assert figures["realised_sparsity"] == pytest.approx(target, abs=0.03 if {"neurons", "hidden"} & set(units) else 0.2)
+    assert (found.config.hidden_size < 32) == ("hidden" in units)
+    assert figures["dev_accuracy_recovered"] > 0.8
+
+
+def test_a_speed_up_on_this_machine(run):
+    _, figures = run(sparsity={"speed_up": 2, "units": LAYERS, "timing": {"rows": 4, "length": 16, "threads": 1}})
+    assert figures["target_sparsity"] == 0.5  # of the time
+    assert figures["realised_sparsity"] > 0.2
+
+
+def test_a_shape_is_met_exactly_and_stock_classes_hold_it(run, finetuned):
+    shape = {"layers": 1, "heads": 2, "ffn": 24, "hidden": 16}
+    work, _ = run(sparsity={"shape": shape, "units": ALL})
+    config = json.loads((work.directory / "model" / "config.json").read_text())
+    assert config["model_type"] == "bert"
+    assert [config[name] for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size")] == list(shape.values())
+
+
+def test_widths_are_multiples(run):
+    work, _ = run(sparsity={"target": 0.6}, multiple_of=8)
+    config = build.load(work.directory / "model", head="classification").config
+    assert all(neurons % 8 == 0 for neurons in config.ffn_per_layer)
+
+
+@pytest.mark.parametrize("goal", [{"target": [0.5, 0.7]}, {"shape": {"layers": 2, "heads": 2, "ffn": 24}}], ids=str)
+def test_in_one_shot_nothing_is_trained_but_what_is_left(run, finetuned, goal):
+    work, figures = run(method="one-shot", one_shot={"examples": 128}, sparsity=goal)
+    assert not list(work.scratch.rglob("masking"))
+    if "target" in goal:
+        assert figures["realised_sparsity"] == pytest.approx(0.7, abs=0.02)
+        assert figures["realised_sparsity_0.5"] == pytest.approx(0.5, abs=0.02)
+    assert figures["dev_accuracy_recovered"] > 0.8
+
+
+def test_a_black_box_teaches_by_its_outputs(run, finetuned, tmp_path):
+    examples = finetuned.task.splits["train"]
+    logits = [[3.0, -3.0] if example.label == 0 else [-3.0, 3.0] for example in examples]
+    (tmp_path / "outputs.jsonl").write_text("\n".join(json.dumps({"logits": row}) for row in logits))
+    _, figures = run(distillation={"teacher_outputs": str(tmp_path / "outputs.jsonl"), "layers": 0})
+    assert figures["dev_accuracy_recovered"] > 0.8
+
+
+def test_another_teacher_of_other_labels_width_or_vocabulary_is_refused(run, finetuned, tmp_path):
+    export.save(finetuned.model, finetuned.tokenizer, tmp_path / "teacher")
+    path = tmp_path / "teacher" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"id2label": {"0": "good", "1": "bad"}}))
+    with pytest.raises(UserError, match=r"its labels are good, bad, the task's bad, good, in this order"):
+        run(distillation={"teacher": str(tmp_path / "teacher")})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"logits": np.zeros((10, 2))}, r"logits of shape \[10, 2\], expected \[512, 2\]: one row for each training example"),
+        ({"logits": np.zeros((512, 3))}, r"logits of shape \[512, 3\], expected \[512, 2\]"),
+        ({"logits": np.full((512, 2), np.nan)}, "row 1 has a logit that is not finite"),
+        ({"other": np.zeros(3)}, "expected an array `logits`"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_told(run, tmp_path, wrong, message):
+    np.savez(tmp_path / "outputs.npz", **wrong)
+    with pytest.raises(UserError, match=message):
+        run(distillation={"teacher_outputs": str(tmp_path / "outputs.npz"), "layers": 0})
+
+
+@pytest.mark.parametrize(
+    ("goal", "message"),
+    [
+        (
+            {"target": 0.6, "units": ["heads"]},
+            "the target is 0.6, sparsity.units are heads, which all removed make 0.498; lower the target, or add units",
+        ),
+        ({"speed_up": 50, "units": ["neurons"], "timing": {"length": 16}}, "the target is a speed-up of 50, sparsity.units are neurons, which all"),
+        ({"shape": {"layers": 1, "heads": 8, "ffn": 8}, "units": ALL}, "heads is 8, the model has 4"),
+    ],
+)
+def test_what_units_cannot_reach_is_told_before_training(run, goal, message):
+    with pytest.raises(UserError, match=message):
+        run(sparsity=goal)
+
+
+def test_an_empty_development_split_is_told(run, finetuned, tmp_path):
+    task = replace(finetuned.task, splits={**finetuned.task.splits, "dev": []})
+    export.save(finetuned.model, finetuned.tokenizer, tmp_path / "artifact" / "model")
+    task.save(tmp_path / "artifact" / "task.json")
+    with pytest.raises(UserError, match="the development split is empty"):
+        run(artifact=Artifact(tmp_path / "artifact", finetuned.artifact.manifest))
