@@ -73,6 +73,7 @@ class PruneSettings(TaskTrainSettings):
         "cofi", "cofi: masks are trained with the student; one-shot: units are ranked once, and what is left recovers."
     )
     multiple_of: int = setting(1, "Widths of layers that stay are rounded up to multiples of this, such as 8 or 64. 1: as they come.", ge=1)
+    onnx: bool = setting(False, "Write each model as an ONNX graph too, model.onnx beside it; needs trimline[onnx].")
     one_shot: OneShotSettings = setting(OneShotSettings(), "How method one-shot ranks.")
     sparsity: SparsitySettings = setting(SparsitySettings(), "What to remove, and how the masks get there.")
     distillation: DistillationSettings = setting(DistillationSettings(), "How the student learns from the fine-tuned teacher.")

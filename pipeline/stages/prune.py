@@ -29,7 +29,7 @@ from pipeline.compression.sparsity import Prunable
 from pipeline.compression.structure import structure, table
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.errors import UserError
-from pipeline.models import build, device, export, size
+from pipeline.models import build, device, export, onnx, size, stock
 from pipeline.models.modeling_trimline import TrimlinePreTrainedModel
 from pipeline.objectives.base import Trainee
 from pipeline.recipe import TaskTrainSettings
@@ -74,6 +74,8 @@ class _Pruning:
         self.device = device.of_rank(work.ranks.rank)
         self.dense = self._load(self.finetuned)
         self.prunable = Prunable.of(self.dense.config)
+        if self.settings.onnx:
+            onnx.check()
         if "hidden" in self.settings.sparsity.units:
             surgery.check_dimensions(self.dense.config)
         if not self.task.splits["dev"]:
@@ -140,6 +142,9 @@ class _Pruning:
         """Scores, structures, and the last model as the stage's own."""
         teacher = self.score(self._load(self.finetuned))
         *others, last = self.goals
+        if self.settings.onnx:
+            for goal in self.goals:
+                onnx.export(self._load(self._made(goal)), self._made(goal) / "model.onnx")
         entries = [self._entry(goal, teacher) for goal in self.goals]
         if others:
             shutil.copytree(self._made(last), self.work.directory / "model", dirs_exist_ok=True)
@@ -248,7 +253,8 @@ class _Pruning:
     def _load(self, directory: Path) -> TrimlinePreTrainedModel:
         model = build.load(directory, head=self.task.head)
         if not isinstance(model, TrimlinePreTrainedModel):
-            raise UserError(f"{directory}: a {type(model).__name__} cannot be pruned; prune takes models that Trimline made and stock BERT's")
+            why = stock.unlike(model.config)
+            raise UserError(f"{directory}: a {type(model).__name__} cannot be pruned: {why}; prune takes Trimline's own models, BERT's and RoBERTa's")
         return model
 
     def _scratch(self, goal: Goal) -> Path:
