@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
 
 from pipeline.compression.one_shot import choose, importance
 from pipeline.compression.sparsity import Prunable
@@ -97,6 +99,21 @@ def test_the_important_head_and_the_idle_neuron_are_told(encoder):
     found = importance(model, [rows()], partial(loss_of, model))
     assert found["heads"][1].argmax() == 1
     assert found["neurons"][1, 7] == 0
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_importance_ranks_neurons_as_taking_each_away_does(encoder, layer):
+    model, batch = encoder(), rows(32)
+    found = importance(model, [batch], partial(loss_of, model))["neurons"][layer]
+
+    def losses(masks):
+        with torch.no_grad():
+            return F.cross_entropy(model(batch["input_ids"], batch["attention_mask"], masks=masks).logits, batch["labels"], reduction="none")
+
+    without = torch.ones(48, 3, 48)
+    without[torch.arange(48), layer, torch.arange(48)] = 0
+    moved = [(losses({"neurons": masks}) - losses(None)).abs().mean() for masks in without]
+    assert spearmanr(found, moved).statistic > 0.95
 
 
 def scores(seed=0):
