@@ -104,7 +104,7 @@ class Masks(nn.Module):
         return self.lagrangian(self.expected_sparsity(), self._step - self.start)
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Clamp log alpha; what to log, with the numbers of layers that are alive and of other units in such layers."""
+        """Clamp log alpha; what to log: also which layers are alive, and how many units in those."""
         for _, mask in self._each():
             mask.clamp_()
         with torch.no_grad():
@@ -154,6 +154,7 @@ class Masks(nn.Module):
     def _counts(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         layers = alive(masks, self.prunable)
         counts = {f"{layer}_alive": living.sum() for layer, living in layers.items()}
+        counts |= {f"{layer}_alive_{number}": lives for layer, living in layers.items() for number, lives in enumerate(living, start=1)}
         for layer, fine in FINE.items():
             if fine in masks:
                 counts[f"{fine}_alive"] = ((masks[fine] > 0) & layers[layer][:, None]).sum()

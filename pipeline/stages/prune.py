@@ -29,7 +29,7 @@ from pipeline.compression.sparsity import Prunable
 from pipeline.compression.structure import structure, table
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.errors import UserError
-from pipeline.models import build, device, export, onnx, size, stock
+from pipeline.models import build, export, onnx, size, stock
 from pipeline.models.modeling_trimline import TrimlinePreTrainedModel
 from pipeline.objectives.base import Trainee
 from pipeline.recipe import TaskTrainSettings
@@ -37,6 +37,7 @@ from pipeline.tasks import metrics
 from pipeline.tasks import task as tasks
 from pipeline.tasks.batches import TaskBatches
 from pipeline.tasks.task import Task
+from pipeline.training import engine
 from pipeline.training.loop import Summary, Watch, train
 from pipeline.workflow import Work
 
@@ -71,7 +72,7 @@ class _Pruning:
         self.finetuned = work.input("finetune") / "model"
         self.tokenizer = tokenizers.load(self.finetuned)
         self.task = tasks.open(work.input("finetune") / "task.json")
-        self.device = device.of_rank(work.ranks.rank)
+        self.device = engine.start()  # ranks wait for one another before anything is trained
         self.dense = self._load(self.finetuned)
         self.prunable = Prunable.of(self.dense.config)
         if self.settings.onnx:

@@ -51,6 +51,7 @@ def test_the_constraint_can_be_watched(pruned):
     lines = [json.loads(line) for line in (work.logs / "0.6" / "masking" / "metrics.jsonl").read_text().splitlines()]
     side = lines[-1]["side"]
     alive = {f"{unit}_alive" for unit in ("heads", "neurons", "attention", "feedforward")}
+    alive |= {f"{sublayer}_alive_{layer}" for sublayer in ("attention", "feedforward") for layer in (1, 2)}
     assert {"expected_sparsity", "realised_sparsity", "target_sparsity", "lambda_1", "lambda_2", *alive} == set(side)
     assert side["target_sparsity"] == 0.6
     assert {"distill", "layers", "hard", "sparsity", "matched_1", "matched_2"} == set(lines[-1]["losses"])
