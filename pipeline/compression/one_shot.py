@@ -56,25 +56,23 @@ def choose(
     target: float,
     *,
     head_share: float = 0.5,
-    dimensions: int | None = None,
     multiple: int = 1,
     head_dim: int = 1,
 ) -> dict[str, Tensor]:
-    """Masks of zeros and ones that remove `target`, or the least that is more: `heads`, `neurons`, and `hidden` where `dimensions` are given.
+    """Masks of zeros and ones, `heads` and `neurons`, that remove `target`, or the least that is more.
 
     head_share: of what is kept, the heads'; they get no more than there are of them, and neurons have the rest. Of an encoder with four neurons a
     dimension heads are a third, so that equal shares keep twice as large a part of the heads as of the neurons. Unless it is 0 or 1, a head
     and a neuron stay at least.
     importance: of heads and neurons; where `attention` or `feedforward` is there too, its layers' units are worth as many times as much.
-    dimensions: so many of the residual stream stay, by the importance of `hidden`. multiple, head_dim: see `shapes.round_up`.
+    multiple, head_dim: see `shapes.round_up`.
     Raises UserError for a target that leaves no room.
     """
     scores = {"heads": _weighted(importance, "heads", "attention"), "neurons": _weighted(importance, "neurons", "feedforward")}
-    fixed = {} if dimensions is None else {"hidden": highest(importance["hidden"], dimensions)}
 
     def kept(heads: int, neurons: int) -> dict[str, Tensor]:
         best = {unit: highest(scores[unit].flatten(), count).view(scores[unit].shape) for unit, count in (("heads", heads), ("neurons", neurons))}
-        return round_up({**best, **fixed}, importance, multiple, head_dim)
+        return round_up(best, importance, multiple, head_dim)
 
     def share(heads: int, neurons: int) -> float:
         return 1 - removed(kept(heads, neurons)).item()

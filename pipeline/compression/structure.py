@@ -72,19 +72,20 @@ class Death(NamedTuple):
     layer: int
 
 
-def deaths(history: Iterable[tuple[int, Mapping[str, Iterable[bool]]]]) -> list[Death]:
+def deaths(records: Iterable[Mapping[str, Any]]) -> list[Death]:
     """Sub-layers that are dead at the end of a pruning, the first to go first; at equal steps the lower.
 
-    history: at rising steps, by sub-layer, whether each layer's is alive. One that came back to life counts from its last death.
+    records: the lines of its `metrics.jsonl`, whose `side` has `attention_alive_3` and the like, 1 or 0. What came back to life counts from its last
+    death.
     """
     since: dict[tuple[str, int], int] = {}
-    for step, alive in history:
-        for sublayer, layers in alive.items():
-            for layer, lives in enumerate(layers, start=1):
-                if lives:
-                    since.pop((sublayer, layer), None)
-                else:
-                    since.setdefault((sublayer, layer), step)
+    for record in records:
+        for name, lives in record["side"].items():
+            sublayer, alive, layer = name.partition("_alive_")
+            if alive and lives:
+                since.pop((sublayer, int(layer)), None)
+            elif alive:
+                since.setdefault((sublayer, int(layer)), record["step"])
     return sorted((Death(step, *place) for place, step in since.items()), key=lambda death: (death.step, death.layer, death.sublayer))
 
 

@@ -93,12 +93,17 @@ def test_pictures_are_drawn(tmp_path):
 
 
 def test_layers_that_died_first_come_first_and_those_that_came_back_do_not_count():
-    history = [
-        (10, {"attention": [True, True, True], "feedforward": [True, True, True]}),
-        (20, {"attention": torch.tensor([True, False, True]), "feedforward": torch.tensor([True, False, False])}),
-        (30, {"attention": [True, True, True], "feedforward": [True, False, True]}),
-        (40, {"attention": [False, True, True], "feedforward": [True, False, True]}),
-        (50, {"attention": [False, True, True], "feedforward": [True, False, False]}),
+    def record(step, attention, feedforward):
+        alive = {f"attention_alive_{layer}": float(lives) for layer, lives in enumerate(attention, start=1)}
+        alive |= {f"feedforward_alive_{layer}": float(lives) for layer, lives in enumerate(feedforward, start=1)}
+        return {"step": step, "side": {**alive, "attention_alive": float(sum(attention)), "lambda_1": -1.0}}
+
+    records = [
+        record(10, (1, 1, 1), (1, 1, 1)),
+        record(20, (1, 0, 1), (1, 0, 0)),
+        record(30, (1, 1, 1), (1, 0, 1)),
+        record(40, (0, 1, 1), (1, 0, 1)),
+        record(50, (0, 1, 1), (1, 0, 0)),
     ]
-    assert deaths(history) == [Death(20, "feedforward", 2), Death(40, "attention", 1), Death(50, "feedforward", 3)]
-    assert deaths(history[:1]) == []
+    assert deaths(records) == [Death(20, "feedforward", 2), Death(40, "attention", 1), Death(50, "feedforward", 3)]
+    assert deaths(records[:1]) == []
