@@ -34,7 +34,7 @@ def student(teacher: TrimlinePreTrainedModel, settings: StudentSettings) -> Trim
     if settings.initial == "random":
         for module in smaller.base_model.layers.modules():  # type: ignore[union-attr]
             smaller._init_weights(module)
-    return smaller
+    return smaller.requires_grad_(True)  # the teacher may be frozen
 
 
 def _heads(block: Any) -> Tensor:

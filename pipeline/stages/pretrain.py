@@ -51,8 +51,9 @@ def run(work: Work) -> dict[str, Any]:
     batches = Loader(plan, store, tokenizer, settings.batch_size, recipe.seed, rare=rare, **channels, **together)
     objective: Objective
     if isinstance(settings.objective, DistillSettings):
-        objective = GeneralDistillation(settings.objective, tokenizer, recipe.seed, model)
-        model = copy.deepcopy(model) if settings.objective.student is None else student(model, settings.objective.student)
+        teacher, smaller = model, settings.objective.student
+        model = copy.deepcopy(teacher) if smaller is None else student(teacher, smaller)  # before the teacher is frozen
+        objective = GeneralDistillation(settings.objective, tokenizer, recipe.seed, teacher)
     else:
         objective = objectives.build(
             settings.objective,

@@ -18,12 +18,13 @@ def outputs(model):
 
 @pytest.mark.parametrize("positions", SCHEMES)
 def test_a_student_of_whole_layers_is_the_teacher_without_those_between(encoder, positions):
-    teacher = encoder(kind=TrimlineForMaskedLM, positions=positions)
+    teacher = encoder(kind=TrimlineForMaskedLM, positions=positions).requires_grad_(False)
     made = student(teacher, StudentSettings(layers=2, heads=4, ffn=48))
     shorter = copy.deepcopy(teacher)
     del shorter.model.layers[0]  # of three layers the second and the third
     assert (made.config.heads_per_layer, made.config.ffn_per_layer, made.config.num_hidden_layers) == ([4, 4], [48, 48], 2)
     torch.testing.assert_close(outputs(made).logits, outputs(shorter).logits)
+    assert all(parameter.requires_grad for parameter in made.parameters())
 
 
 def test_a_narrower_student_has_the_heads_and_neurons_of_largest_weights_and_loads_again(encoder):
