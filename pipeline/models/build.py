@@ -143,7 +143,7 @@ def adopt(model: PreTrainedModel, settings: ModelSettings) -> None:
             "leave model.positions out, or train a new model without model.from"
         )
     if settings.unpadded and not ours:
-        raise UserError(f"{model.config.name_or_path}: model.unpadded is for Trimline's own models and BERT; leave it out")
+        raise UserError(f"{model.config.name_or_path}: model.unpadded is for Trimline's own models, BERT and RoBERTa; leave it out")
     if ours:
         model.config.unpadded = settings.unpadded
 
@@ -155,8 +155,8 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengt
     config = model.config
     if document_mask and not isinstance(model, TrimlinePreTrainedModel):
         raise UserError(
-            f"{config.name_or_path}: a model of type {config.model_type!r} cannot keep attention inside documents, Trimline's own and BERT can; "
-            "set pretrain.document_mask: false, or start from one of those"
+            f"{config.name_or_path}: a model of type {config.model_type!r} cannot keep attention inside documents; "
+            "Trimline's own, BERT and RoBERTa can: set pretrain.document_mask: false, or start from one of those"
         )
     if len(tokenizer) > config.vocab_size:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def export(model: TrimlinePreTrainedModel, path: str | Path) -> None:
     rows, tokens = torch.export.Dim("batch"), torch.export.Dim("length", max=longest)
     example = torch.ones(2, min(8, config.max_position_embeddings), dtype=torch.int64)
     examples = tuple(example.clone() if name != "token_type_ids" else torch.zeros_like(example) for name in names)  # one tensor would be one input
-    with quiet():
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="# The axis name")  # of inputs that share their axes
         torch.onnx.export(
             graph,
             examples,

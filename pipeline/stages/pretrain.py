@@ -138,7 +138,7 @@ def starting_model(recipe: Recipe, tokenizer: Any, length: int) -> Any:
     build.check_fits(model, tokenizer, length, recipe.pretrain.document_mask)
     if recipe.pretrain.notes and not isinstance(model, TrimlinePreTrainedModel):
         raise UserError(
-            f"{recipe.model.from_}: pretrain.notes are mixed into the input of Trimline's own models and of BERT, "
+            f"{recipe.model.from_}: pretrain.notes are mixed into the input of Trimline's own models, BERT's and RoBERTa's, "
             f"not of one of type {model.config.model_type!r}; leave notes out, or start from one of those"
         )
     objective = recipe.pretrain.objective

@@ -95,7 +95,8 @@ def test_widths_are_multiples(run):
 
 @pytest.mark.parametrize("goal", [{"target": [0.5, 0.7]}, {"shape": {"layers": 2, "heads": 2, "ffn": 24}}], ids=str)
 def test_in_one_shot_nothing_is_trained_but_what_is_left(run, finetuned, goal):
-    work, figures = run(method="one-shot", one_shot={"examples": 128}, sparsity=goal)
+    work, figures = run(method="one-shot", one_shot={"examples": 128}, sparsity=goal, onnx="shape" in goal)
+    assert (work.directory / "model" / "model.onnx").is_file() == ("shape" in goal)
     assert not list(work.scratch.rglob("masking"))
     if "target" in goal:
         assert figures["realised_sparsity"] == pytest.approx(0.7, abs=0.02)
