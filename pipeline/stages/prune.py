@@ -26,7 +26,7 @@ from pipeline.compression.layer_distillation import LayerDistillation, teacher_l
 from pipeline.compression.masks import Masks
 from pipeline.compression.pictures import structure_figure
 from pipeline.compression.sparsity import Prunable
-from pipeline.compression.structure import structure, table
+from pipeline.compression.structure import deaths, structure, table
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.errors import UserError
 from pipeline.models import build, export, onnx, size, stock
@@ -39,6 +39,7 @@ from pipeline.tasks.batches import TaskBatches
 from pipeline.tasks.task import Task
 from pipeline.training import engine
 from pipeline.training.loop import Summary, Watch, train
+from pipeline.training.telemetry import METRICS
 from pipeline.workflow import Work
 
 MASKING, MASKED, REMOVED, RECOVERY = "masking", "masked", "removed", "recovery"
@@ -165,7 +166,16 @@ class _Pruning:
             "realised_sparsity": round(1 - size.block_parameters(config) / size.block_parameters(dense), 4),
             **{f"dev_{self.task.metric}_{name}": round(score, 4) for name, score in scores.items()},
         }
-        return {"name": goal.name, **figures, **(self.choice(goal) or {}), **left}
+        went = deaths(self._records(goal))
+        if went:
+            order = ", ".join(f"{death.sublayer} {death.layer} (step {death.step})" for death in went)
+            print(f"prune to {goal.name}: layers that masks took, the first first: {order}", flush=True)
+        return {"name": goal.name, **figures, **(self.choice(goal) or {}), **left, "deaths": [death._asdict() for death in went]}
+
+    def _records(self, goal: Goal) -> list[dict[str, Any]]:
+        """What was logged of masking, a record a step; none in one shot."""
+        path = self.work.logs / goal.name / MASKING / METRICS
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
     # -- parts of these --
 
