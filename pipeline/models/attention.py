@@ -91,7 +91,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias:
 
 
 class _LearnedBias(torch.autograd.Function):
-    """Scores, softmax and product of a few heads of one row at a time, so that they stay in the cache, forward and backward.
+    """Scores, softmax and product of a few heads or rows at a time, so that they stay in the cache, forward and backward.
 
     The gradient of the scores goes to the bias, which rows may share, and not to the mask, which has a copy for each row.
     """
@@ -105,9 +105,10 @@ class _LearnedBias(torch.autograd.Function):
         weights, context = query.new_empty(mask.shape), torch.empty_like(query)
         kept = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
         for at in _parts(weights):
-            torch.baddbmm(mask[at], query[at], key[at].transpose(1, 2), out=weights[at])
-            torch.softmax(weights[at], dim=-1, out=weights[at])
-            context[at] = _dropped(weights, kept, dropout, at) @ value[at]
+            scores = weights[at].flatten(0, 1)
+            torch.baddbmm(mask[at].flatten(0, 1), query[at].flatten(0, 1), key[at].flatten(0, 1).transpose(1, 2), out=scores)
+            torch.softmax(scores, dim=-1, out=scores)
+            context[at] = (_dropped(scores, kept, dropout, at) @ value[at].flatten(0, 1)).view_as(context[at])
         ctx.save_for_backward(query, key, value, weights, kept)
         ctx.dropout, ctx.scale, ctx.shape = dropout, scale, bias.shape
         return context
@@ -117,27 +118,33 @@ class _LearnedBias(torch.autograd.Function):
         query, key, value, weights, kept = ctx.saved_tensors
         to_query, to_key, to_value = (torch.empty_like(side) for side in (query, key, value))
         to_bias = query.new_zeros(ctx.shape)
-        to_rows = to_bias.expand_as(weights)
         for at in _parts(weights):
-            to_value[at] = _dropped(weights, kept, ctx.dropout, at).transpose(1, 2) @ grad[at]
-            to_weights = grad[at] @ value[at].transpose(1, 2)
+            part, to_context = weights[at].flatten(0, 1), grad[at].flatten(0, 1)
+            to_value[at] = (_dropped(part, kept, ctx.dropout, at).transpose(1, 2) @ to_context).view_as(grad[at])
+            to_weights = to_context @ value[at].flatten(0, 1).transpose(1, 2)
             if kept is not None:
-                to_weights.mul_(kept[at]).div_(1 - ctx.dropout)
-            to_scores = torch._softmax_backward_data(to_weights, weights[at], -1, weights.dtype)
-            to_rows[at].add_(to_scores)
-            to_query[at] = to_scores @ key[at]
-            to_key[at] = to_scores.transpose(1, 2) @ query[at]
+                to_weights.mul_(kept[at].flatten(0, 1)).div_(1 - ctx.dropout)
+            to_scores = torch._softmax_backward_data(to_weights, part, -1, part.dtype)
+            by_row = to_scores.view_as(weights[at])
+            if len(to_bias) == len(weights):
+                to_bias[at] = by_row
+            else:
+                to_bias[0, at[1]].add_(by_row[0] if len(by_row) == 1 else by_row.sum(0))
+            to_query[at] = (to_scores @ key[at].flatten(0, 1)).view_as(grad[at])
+            to_key[at] = (to_scores.transpose(1, 2) @ query[at].flatten(0, 1)).view_as(grad[at])
         return to_query.mul_(ctx.scale), to_key, to_value, None, to_bias, None, None
 
 
-def _parts(weights: Tensor) -> Iterator[tuple[int, slice]]:
-    """(row, heads) by which weights [B, heads, L, L] are worked through; all rows of some heads first, which share a bias."""
+def _parts(weights: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(rows, heads) by which weights [B, heads, L, L] are worked through: several whole rows, or heads of one; all rows of some heads first, which
+    share a bias."""
     rows, heads, length, _ = weights.shape
-    together = max(1, _LearnedBias.CELLS // max(1, length**2))
-    for first in range(0, heads, together):
-        for row in range(rows):
-            yield row, slice(first, first + together)
+    heads_together = min(heads, max(1, _LearnedBias.CELLS // max(1, length**2)))
+    rows_together = max(1, _LearnedBias.CELLS // max(1, heads * length**2))
+    for first in range(0, heads, heads_together):
+        for row in range(0, rows, rows_together):
+            yield slice(row, row + rows_together), slice(first, first + heads_together)
 
 
-def _dropped(weights: Tensor, kept: Tensor | None, dropout: float, at: tuple[int, slice]) -> Tensor:
-    return weights[at] if kept is None else (weights[at] * kept[at]).div_(1 - dropout)
+def _dropped(weights: Tensor, kept: Tensor | None, dropout: float, at: tuple[slice, slice]) -> Tensor:
+    return weights if kept is None else (weights * kept[at].flatten(0, 1)).div_(1 - dropout)
