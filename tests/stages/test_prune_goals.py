@@ -112,7 +112,7 @@ def test_a_black_box_teaches_by_its_outputs(run, finetuned, tmp_path):
     assert figures["dev_accuracy_recovered"] > 0.8
 
 
-def test_another_teacher_of_other_labels_width_or_vocabulary_is_refused(run, finetuned, tmp_path):
+def test_a_teacher_with_the_labels_in_another_order_is_refused(run, finetuned, tmp_path):
     export.save(finetuned.model, finetuned.tokenizer, tmp_path / "teacher")
     path = tmp_path / "teacher" / "config.json"
     config = json.loads(path.read_text())
