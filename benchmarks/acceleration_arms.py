@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -212,7 +213,9 @@ class Arm:
     def _written(self, content: dict[str, Any], name: str) -> recipes.Recipe:
         path = self.work / "recipes" / f"{self.size.name}-{name}-{self.seed}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        unfinished = path.with_suffix(f".{os.getpid()}")  # other processes may read it
+        unfinished.write_text(yaml.safe_dump(content, sort_keys=False))
+        unfinished.rename(path)
         return recipes.load(path)
 
     def artifact(self, stage: str, recipe: recipes.Recipe | None = None) -> Any:
