@@ -151,18 +151,23 @@ class _Pruning:
         if others:
             shutil.copytree(self._made(last), self.work.directory / "model", dirs_exist_ok=True)
         artifacts.write_json(self.work.directory / "structure.json", entries)
-        figures = [{name: value for name, value in entry.items() if isinstance(value, int | float)} for entry in entries]
-        return figures[-1] | {f"{name}_{goal.name}": value for goal, found in zip(others, figures, strict=False) for name, value in found.items()}
+        suffixed = {f"{name}_{entry['name']}": value for entry in entries[:-1] for name, value in entry["figures"].items()}
+        return entries[-1]["figures"] | suffixed
 
     def _entry(self, goal: Goal, teacher: float) -> dict[str, Any]:
         removed = self._scratch(goal) / REMOVED
-        left = structure(load_file(removed / MASKS), self.prunable)
+        masks, choice = load_file(removed / MASKS), self.choice(goal) or {}
+        left = structure(masks, self.prunable)
         Console().print(table(left))
         structure_figure(left, f"{self.work.recipe.name}, {goal.name}").savefig(self.work.directory / f"structure-{goal.name}.png")
         scores = {"teacher": teacher, "removed": self.score(self._load(removed)), "recovered": self.score(self._load(self._made(goal)))}
         config, dense = self._load(removed).config, self.dense.config
+        if self.settings.sparsity.speed_up:
+            target = {"target_speed_up": round(1 / (1 - goal.share), 2), "predicted_speed_up": round(1 / (1 - goal.removed(masks).item()), 2)}
+        else:
+            target = {"target_sparsity": round(goal.share, 4), **{name: choice[name] for name in ("expected_sparsity",) if name in choice}}
         figures = {
-            "target_sparsity": round(goal.share, 4),
+            **target,
             "realised_sparsity": round(1 - size.block_parameters(config) / size.block_parameters(dense), 4),
             **{f"dev_{self.task.metric}_{name}": round(score, 4) for name, score in scores.items()},
         }
@@ -170,7 +175,7 @@ class _Pruning:
         if went:
             order = ", ".join(f"{death.sublayer} {death.layer} (step {death.step})" for death in went)
             print(f"prune to {goal.name}: layers that masks took, the first first: {order}", flush=True)
-        return {"name": goal.name, **figures, **(self.choice(goal) or {}), **left, "deaths": [death._asdict() for death in went]}
+        return {"name": goal.name, "figures": figures, "choice": choice, **left, "deaths": [death._asdict() for death in went]}
 
     def _records(self, goal: Goal) -> list[dict[str, Any]]:
         """What was logged of masking, a record a step; none in one shot."""

@@ -36,7 +36,7 @@ def test_the_model_and_its_structure_are_all_that_is_published(pruned):
     (structure,) = json.loads((work.directory / "structure.json").read_text())
     config = build.load(work.directory / "model", head="classification").config
     assert [(row["heads"], row["neurons"]) for row in structure["layers"]] == list(zip(config.heads_per_layer, config.ffn_per_layer, strict=True))
-    assert structure["realised_sparsity"] == figures["realised_sparsity"]
+    assert structure["figures"]["realised_sparsity"] == figures["realised_sparsity"]
     assert json.dumps(figures)
 
 
