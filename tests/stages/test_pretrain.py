@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, PreTrainedTokenizerFast
 
 from pipeline.corpus.store import Store, Writer
+from pipeline.models import build, export, size
+from pipeline.models.settings import ModelSettings
 from pipeline.packing import plan
 from pipeline.packing.settings import PackSettings
 
@@ -132,6 +134,28 @@ def test_the_generator_stays_behind(objective, tmp_path):
     pooler = 0 if objective == "meta_controller" else 32 * 32 + 32
     types = model.embeddings.token_type_embeddings.weight.numel()
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters()) - types + head + pooler
+
+
+@pytest.mark.parametrize("way", ["distilled", "pruned"])
+def test_a_model_becomes_smaller_on_text_alone(tmp_path, way):
+    make_inputs(tmp_path, "encoder")
+    settings = ModelSettings(layers=2, hidden=32, heads=2, ffn=64, max_length=16)
+    teacher = build.new(settings, AutoTokenizer.from_pretrained(tmp_path / "tokenize" / "tokenizer"))
+    export.save(teacher, None, tmp_path / "teacher")
+    student = {"student": {"layers": 1, "heads": 1, "ffn": 24}, "layers": 0} if way == "distilled" else {}
+    pruning = {} if student else {"sparsity": {"target": 0.5, "units": ["heads", "neurons", "hidden"]}, "steps": 100}
+    done = run(tmp_path, {"from": str(tmp_path / "teacher")}, objective={"name": "distill", **student}, **pruning)
+    assert done.returncode == 0, done.stderr
+    metrics, model = json.loads((tmp_path / "metrics.json").read_text()), build.load(tmp_path / "work" / "model")
+    config = model.config
+    assert metrics["loss_distill"] < 0.1
+    assert metrics["parameters"] == size.parameters(model)
+    if student:
+        assert (config.heads_per_layer, config.ffn_per_layer, config.hidden_size) == ([1], [24], 32)
+    else:
+        assert 1 - size.block_parameters(config) / size.block_parameters(teacher.config) == pytest.approx(0.5, abs=0.1)  # of four heads
+        assert config.hidden_size < 32 or sum(config.heads_per_layer) < 4
+        assert len(json.loads((tmp_path / "work" / "structure.json").read_text())["layers"]) == 2
 
 
 def test_notes_are_taken_logged_and_thrown_away(tmp_path):
