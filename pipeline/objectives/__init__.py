@@ -24,12 +24,12 @@ def build(
     ranks_per_group: int = 1,
     memory_module: str | None = None,
 ) -> Objective:
-    """The objective that the settings name, but distill, which stands on compression.
+    """The objective that the settings name; of distill, whose teacher is not here (compression.general), its masked language modelling.
 
     seed: of its draws about the data. model: configuration of the model to train, which a generator is made after. steps: of the whole
     training, of which warm-ups are a share. group_size: rows of a group, on `ranks_per_group` ranks. memory_module: see `CausalReader`.
     """
-    if isinstance(settings, MlmSettings):
+    if isinstance(settings, MlmSettings | DistillSettings):
         from pipeline.objectives.mlm import Mlm
 
         return Mlm(settings, tokenizer, seed)
@@ -47,7 +47,6 @@ def build(
         from pipeline.objectives.causal import Causal
 
         return Causal(settings.chunk, memory_module)
-    assert not isinstance(settings, DistillSettings), "made where the teacher is known (compression.general)"
     from pipeline.objectives import trime
 
     kinds: dict[str, type[trime.Trime]] = {"trimelm": trime.TrimeLocal, "trimelm_long": trime.TrimeLong, "trimelm_ext": trime.TrimeExternal}

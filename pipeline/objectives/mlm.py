@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.objectives.base import Batch, Objective
 from pipeline.objectives.masking import Masking
-from pipeline.objectives.settings import MlmSettings
+from pipeline.objectives.settings import MaskingSettings
 
 INPUTS = ("input_ids", "attention_mask", "document_ids", "labels")
 """What of a batch the model reads."""
@@ -16,7 +16,7 @@ INPUTS = ("input_ids", "attention_mask", "document_ids", "labels")
 class Mlm(Objective):
     """Loss `mlm`: mean cross-entropy of the targets, in nats."""
 
-    def __init__(self, settings: MlmSettings, tokenizer: PreTrainedTokenizerBase, seed: int):
+    def __init__(self, settings: MaskingSettings, tokenizer: PreTrainedTokenizerBase, seed: int):
         super().__init__()
         self.predicted = settings.mask_rate
         self.masking = Masking(settings, tokenizer, seed)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from pipeline import objectives
 from pipeline.compression.general import GeneralDistillation, Upstream
 from pipeline.compression.masks import Masks
 from pipeline.compression.settings import SparsitySettings
@@ -65,6 +66,14 @@ def test_a_batch_without_tokens_has_losses_of_zero(encoder, tokenizer, batch):
     empty = objective.prepare({name: tensor[2:] for name, tensor in batch.items()}, 0)
     assert {name: loss.item() for name, loss in objective(copy.deepcopy(teacher), empty, 0).items()} == {"distill": 0, "mlm": 0}
     assert objective.figures == {"mlm"}
+
+
+def test_held_out_text_is_scored_without_the_teacher_by_the_same_hidden_tokens(encoder, tokenizer, batch):
+    settings, teacher = DistillSettings(mask_rate=0.3), encoder(kind=TrimlineForMaskedLM)
+    alone, taught = objectives.build(settings, tokenizer, 1), GeneralDistillation(settings, tokenizer, 1, encoder(kind=TrimlineForMaskedLM))
+    prepared = alone.prepare(batch, 2)
+    assert torch.equal(prepared["labels"], taught.prepare(batch, 2)["labels"])
+    assert alone(teacher, prepared, 2)["mlm"].item() == taught(teacher, prepared, 2)["mlm"].item()
 
 
 def test_a_student_learns_its_teacher_which_stays_as_it_is(encoder, tokenizer, batch):
