@@ -65,7 +65,7 @@ def test_identity_imports_nothing_heavy():
 
 def test_every_shipped_specification_is_valid():
     shipped_ones = sorted(shipped("tokenizers").glob("*.yaml"))
-    assert [sources.specification(path).kind for path in shipped_ones] == ["bpe", "bytes", "unigram", "words"]
+    assert [sources.specification(path).kind for path in shipped_ones] == ["bpe", "bpe", "bytes", "unigram", "words"]
 
 
 def test_globs_are_expanded_in_sorted_order(tmp_path):
@@ -83,7 +83,7 @@ def test_globs_are_expanded_in_sorted_order(tmp_path):
         ({"sources": (".",)}, "is a directory"),
         ({"sources": ("a.docx",)}, r"a\.docx: unknown kind of file '\.docx'; known are \.jsonl, \.txt, \.tokens, \.csv, \.parquet"),
         ({"sources": ("a.parquet.gz",)}, r"unknown kind of file '\.parquet\.gz'"),
-        ({"tokenizer": "unigran"}, "tokenize.tokenizer 'unigran': no such tokenizer; give one of bpe, bytes, unigram, words"),
+        ({"tokenizer": "unigran"}, "tokenize.tokenizer 'unigran': no such tokenizer; give one of bpe, bpe-32k, bytes, unigram, words"),
         ({"tokenizer": "a.docx"}, r"a\.docx: expected a \.yaml specification"),
         ({"tokenizer": "bad.yaml"}, r"bad\.yaml: vocabsize: .* known keys are kind, vocab_size"),
         ({"tokenizer": "list.yaml"}, r"list\.yaml: expected keys of a tokenizer specification"),

@@ -8,7 +8,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering, BertModel, RobertaConfig, RobertaForQuestionAnswering
+from transformers import (
+    AutoModelForQuestionAnswering,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForQuestionAnswering,
+)
 
 from pipeline.models import build, export
 from pipeline.models.modeling_trimline import TrimlineForMaskedLM, TrimlineForQuestionAnswering
@@ -58,8 +65,9 @@ def test_any_encoder_takes_the_head_whatever_its_directory_says_of_labels(make_c
         assert type(model) is TrimlineForQuestionAnswering
         export.save(model, None, tmp_path / "again")
         assert same(build.load(tmp_path / "again", head="qa").eval()(*rows), model(*rows))
-    RobertaForQuestionAnswering(RobertaConfig(**BERT)).save_pretrained(tmp_path / "roberta")
-    assert type(build.load(tmp_path / "roberta", head="qa")) is RobertaForQuestionAnswering
+    small = DistilBertConfig(vocab_size=40, dim=32, n_layers=1, n_heads=4, hidden_dim=64)
+    DistilBertForQuestionAnswering(small).save_pretrained(tmp_path / "distilbert")
+    assert type(build.load(tmp_path / "distilbert", head="qa")) is DistilBertForQuestionAnswering
 
 
 FRESH = """
