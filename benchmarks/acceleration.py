@@ -244,22 +244,25 @@ def _at_equal_time(found: Found, name: str, control: str, measure: str, seed: in
 def fractions(found: Found) -> None:
     rows = []
     for name in found.names:
-        for measure in MEASURES:
-            control = found.control(name, measure)
-            if control is None or control == name or not found.ends(name, measure) or not found.ends(control, measure):
-                continue
-            steps = []
-            for seed in found.seeds:
-                other = found.curves[control, seed][measure]
-                step = reached(found.curves[name, seed][measure], other[max(other)])
-                steps.append(math.inf if step is None else step / max(other))
-            share = statistics.mean(steps)
-            cells = ["not reached"] * 2
-            if math.isfinite(share):
-                cells = [mean(steps, 2), f"{share * found.times[name] / found.times[control]:.2f}" if {name, control} <= set(found.times) else ""]
-            rows.append([name, measure, control, *cells, found.claim(name, control)])
-    print("\nShare of the control's steps and time until its final quality is reached, points along the way joined by lines")
-    table(["arm", "measure", "control", "steps", "time", "claimed"], rows)
+        control = found.control(name, "value")
+        if control is not None and control != name:
+            rows.append([name, control, *(_fraction(found, name, control, measure) for measure in MEASURES), found.claim(name, control)])
+    print("\nShare of the control's steps, and of its time, until its final quality is reached; points along the way joined by lines")
+    table(["arm", "control", *MEASURES, "of time, as claimed"], rows)
+
+
+def _fraction(found: Found, name: str, control: str, measure: str) -> str:
+    if not found.ends(name, measure) or not found.ends(control, measure):
+        return ""
+    shares = []
+    for seed in found.seeds:
+        other = found.curves[control, seed][measure]
+        step = reached(found.curves[name, seed][measure], other[max(other)])
+        shares.append(math.inf if step is None else step / max(other))
+    if not all(map(math.isfinite, shares)):
+        return "not reached" if len(shares) == 1 else f"not reached by {sum(map(math.isinf, shares))} of {len(shares)}"
+    time = f", {statistics.mean(shares) * found.times[name] / found.times[control]:.2f}" if {name, control} <= set(found.times) else ""
+    return f"{mean(shares, 2)}{time}"
 
 
 # -- marks -------------------------------------------------------------------------------------------------------------

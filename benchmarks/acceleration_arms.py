@@ -118,10 +118,11 @@ SIZES = {
     "small": Size(
         "small", ("wikipedia/train.jsonl.gz",), vocabulary=2048, length=64, batch=64, micro_batch=64, steps=800, lr=3e-3, warm_lr=2e-3,
         model={"layers": 2, "hidden": 64, "heads": 4, "ffn": 256, "dropout": 0.0, "init_std": 0.07}, deepspeed="zero0", ppmi=True,
-        baselines=("plain", "plain-2lr", "plain-sin", "plain-sin-2lr"),
+        baselines=("plain", "plain-2lr", "plain-sin", "plain-sin-2lr", "plain-sin-4lr"),
         arms=(
-            "plain", "plain-2lr", "plain-sin", "plain-sin-2lr", "absolute-relative", "tupe-absolute", "tupe-relative", "tupe-relative-2lr",
-            "tied-cls", "rope", "tupe-notes-wide", "tupe-notes-off", *(name for name in KINDS if name.startswith("warm")),
+            "plain", "plain-2lr", "plain-sin", "plain-sin-2lr", "plain-sin-4lr", "rope", "absolute-relative", "tupe-absolute", "tied-cls",
+            "tupe-relative", "tupe-relative-2lr", "tupe-relative-4lr", "tupe-notes-wide", "tupe-notes-off",
+            *(name for name in KINDS if name.startswith("warm")),
         ),
         finetuning={"lr": 5e-4, "epochs": 2}, finetuning_examples=6000,
     ),
