@@ -11,6 +11,12 @@ from pipeline.models.modeling_trimline import TrimlineForSequenceClassification
 from pipeline.models.positions import SCHEMES
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Every model is new to it: it gives up on code that it has compiled too often for others."""
+    torch._dynamo.reset()
+
+
 def assert_same(compiled, model):
     for rows, length in ((3, 8), (2, 11), (5, 16)):
         mask = torch.ones(rows, length, dtype=torch.int64)

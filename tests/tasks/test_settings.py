@@ -37,10 +37,7 @@ def test_a_task_that_does_not_fit_together_is_refused(task, message):
         TaskSettings(**task)
 
 
-def test_prune_refuses_questions_and_a_model_that_is_too_short_is_told():
-    recipe = {"name": "x", "model": {"from": "model"}, "finetune": {"task": SQUAD}}
-    with pytest.raises(ValidationError, match=r"prune takes a task of labels; finetune\.task is squad: leave prune out"):
-        Recipe.model_validate({**recipe, "prune": {}})
+def test_a_model_that_is_too_short_for_a_task_is_told():
     made_here = {"name": "x", "tokenize": {"sources": ["embedded"]}, "pack": {}, "pretrain": {}, "model": {"max_length": 256}}
     with pytest.raises(ValidationError, match=r"finetune.task.max_length 384 exceeds model.max_length 256"):
         Recipe.model_validate({**made_here, "finetune": {"task": SQUAD}})
