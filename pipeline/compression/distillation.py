@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.compression.layer_distillation import LayerDistillation
 from pipeline.compression.masks import Masks, alive
 from pipeline.compression.settings import DistillationSettings
+from pipeline.compression.teachers import Recorded
 from pipeline.objectives.base import Batch, Objective
 from pipeline.objectives.classify import INPUTS, label_loss
 from pipeline.objectives.span import scores_of_tokens, span_loss
@@ -42,15 +43,15 @@ class Distillation(Objective):
     """Named losses, each where it has a weight: `distill` (soft labels), `layers` (hidden states), `hard` (true labels), and with masks `sparsity`
     (the Lagrangian). Logged besides: `matched_3`, which of the student's layers learns the teacher's third, both counted from 1.
 
-    teacher: a model with the student's outputs, a classifier, a regressor or one for answers that are spans; or, of a black box, its logits of every
-    training example, fp32 [examples, classes]. It is held outside the registered modules, so that nothing trains, shards or saves it.
+    teacher: a model with the student's outputs, a classifier, a regressor or one for answers that are spans; or what it said of each training row. It
+    is held outside the registered modules, so that nothing trains, shards or saves it.
     layers: the layer-wise loss, whose map of the student's states is trained with the student.
     masks: the side module of a pruning; None where the student is trained as it is.
     """
 
     def __init__(
         self,
-        teacher: nn.Module | Tensor,
+        teacher: nn.Module | Recorded,
         settings: DistillationSettings,
         masks: Masks | None = None,
         layers: LayerDistillation | None = None,
@@ -104,8 +105,8 @@ class Distillation(Objective):
         """What the teacher gives for a batch: by the names of a model's outputs."""
         like: Tensor = student["logits"] if "logits" in student else student["start_logits"]
         teacher = self._beside[0]
-        if isinstance(teacher, Tensor):
-            return {"logits": teacher[batch["example"].cpu()].to(like.device)}
+        if isinstance(teacher, Recorded):
+            return teacher.outputs(batch["example"], batch["attention_mask"])
         found: Mapping[str, Any] = teacher.to(like.device, like.dtype)(**inputs, output_hidden_states=self.layers is not None)
         return found
 

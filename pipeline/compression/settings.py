@@ -32,6 +32,13 @@ class DistillationSettings(Settings):
         " same; fixed: evenly spaced ones; ordered_as_coded: as the official code has it.",
     )
     hard_labels: float = setting(0.0, "Weight of the loss of the true labels.", ge=0)
+    record: float = setting(
+        4.0,
+        "What the teacher says of each training row is written down once, its hidden states in fp16, where it takes no more disk than this; else, and"
+        " of questions, the teacher runs in every step.",
+        unit="GiB",
+        ge=0,
+    )
 
     @model_validator(mode="after")
     def _learns(self) -> DistillationSettings:

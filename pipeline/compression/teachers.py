@@ -1,8 +1,9 @@
-"""The teacher: a model, or what a black box said of each training example; checked against the student before anything is trained."""
+"""The teacher: a model, or what it said of each training row, once for all; checked against the student before anything is trained."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,71 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.models.modeling_trimline import TrimlinePreTrainedModel
+from pipeline.tasks import metrics
+from pipeline.tasks.batches import TaskBatches
+
+LOGITS, STATES = "logits.npy", "states.npy"
+
+
+class Recorded:
+    """What a teacher says of the rows of a training split.
+
+    logits: fp32 [rows, classes], of a black box or of `record`. states: fp16 [tokens of all rows, taught, width], the hidden states of layers
+    `taught`, row after row as long as `lengths` says; None: outputs alone.
+    """
+
+    def __init__(self, logits: Tensor, states: np.ndarray | None = None, lengths: np.ndarray | None = None, taught: Sequence[int] = ()):
+        self.logits, self.taught, self._states = logits, tuple(taught), states
+        self._starts = None if lengths is None else np.cumsum(lengths) - lengths
+
+    def outputs(self, rows: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        """`logits` [B, classes]; `hidden_states` as a model has them, [B, L, width] each with 0 in padding, None where they were not recorded."""
+        device, found = attention_mask.device, {"logits": self.logits[rows.cpu()].to(attention_mask.device)}
+        if self._states is None or self._starts is None:
+            return found
+        real, starts = attention_mask.cpu().bool(), self._starts[rows.cpu().numpy()]
+        places = (starts[:, None] + np.arange(real.shape[1]))[real.numpy()]
+        states = torch.zeros(*real.shape, *self._states.shape[1:])
+        states[real] = torch.from_numpy(self._states[places]).float()
+        states = states.to(device)
+        layers: list[Tensor | None] = [None] * (max(self.taught) + 2)  # the embeddings come first
+        for number, layer in enumerate(self.taught):
+            layers[layer + 1] = states[:, :, number]
+        return {**found, "hidden_states": layers}
+
+
+def size(teacher: TrimlinePreTrainedModel, batches: TaskBatches, taught: Sequence[int]) -> int:
+    """Bytes that `record` would write."""
+    config: Any = teacher.config
+    return int(4 * len(batches.lengths) * config.num_labels + 2 * batches.lengths.sum() * len(taught) * config.hidden_size)
+
+
+@torch.no_grad()
+def record(teacher: TrimlinePreTrainedModel, batches: TaskBatches, taught: Sequence[int], directory: Path, device: torch.device) -> None:
+    """Writes what `recorded` opens: the logits, and the hidden states of layers `taught`, of each row. Whole or not at all."""
+    config: Any = teacher.config
+    new = directory.with_name(f"{directory.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    starts, tokens = np.cumsum(batches.lengths) - batches.lengths, int(batches.lengths.sum())
+    logits = np.lib.format.open_memmap(new / LOGITS, "w+", np.float32, (len(starts), config.num_labels))
+    states = np.lib.format.open_memmap(new / STATES, "w+", np.float16, (tokens, len(taught), config.hidden_size)) if taught else None
+    for numbers, output in metrics.outputs(teacher.eval().to(device), batches, device, output_hidden_states=bool(taught)):
+        logits[numbers] = output.logits.float().cpu().numpy()
+        if states is not None:
+            layers = torch.stack([output.hidden_states[layer + 1] for layer in taught], dim=2).half().cpu().numpy()
+            for row, number in enumerate(numbers):
+                length = batches.lengths[number]
+                states[starts[number] : starts[number] + length] = layers[row, :length]
+    shutil.rmtree(directory, ignore_errors=True)
+    new.rename(directory)
+
+
+def recorded(directory: Path, batches: TaskBatches, taught: Sequence[int]) -> Recorded:
+    """What was written there of the same batches' rows."""
+    states = np.load(directory / STATES, mmap_mode="r") if taught else None
+    return Recorded(torch.from_numpy(np.load(directory / LOGITS)), states, batches.lengths, taught)
 
 
 def check(teacher: Any, student: Any, labels: Sequence[str] | None, *, layers: bool) -> None:

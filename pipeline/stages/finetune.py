@@ -33,7 +33,7 @@ def run(work: Work) -> dict[str, Any]:
     start = work.input("pretrain") / "model" if recipe.pretrain else recipe.model.from_
     assert start is not None
     tokenizer = tokenizers.load(start)
-    batches = TaskBatches(task.splits["train"], tokenizer, task, settings.batch_size, recipe.seed)
+    batches = TaskBatches(task.splits["train"], tokenizer, task, settings.batch_size, recipe.seed, by_length=settings.group_by_length)
 
     torch.manual_seed(recipe.seed)  # every rank draws the same head
     options: dict[str, Any] = {"head": task.head, "trust_remote_code": recipe.model.trust_remote_code}
@@ -41,6 +41,7 @@ def run(work: Work) -> dict[str, Any]:
     model = build.load(start, **labels, **options)
     build.adopt(model, recipe.model)
     build.check_fits(model, tokenizer, task.max_length)
+    model.get_input_embeddings().requires_grad_(not settings.freeze_embeddings)
     summary = train(
         Trainee(model, OBJECTIVES[task.head]()),
         batches,

@@ -27,6 +27,7 @@ from pipeline.compression.masks import Masks
 from pipeline.compression.pictures import structure_figure
 from pipeline.compression.sparsity import Prunable
 from pipeline.compression.structure import deaths, structure, table
+from pipeline.compression.teachers import Recorded
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.errors import UserError
 from pipeline.models import build, export, onnx, size, stock
@@ -45,6 +46,8 @@ from pipeline.workflow import Work
 MASKING, MASKED, REMOVED, RECOVERY = "masking", "masked", "removed", "recovery"
 """Below the scratch directory of each goal, to resume from: checkpoints, the student with its masks apart, the best model after the removal,
 checkpoints."""
+SAID = "teacher"
+"""Below the scratch directory: what the teacher says of each training row."""
 MASKS, CHOICE = "masks.safetensors", "choice.json"
 """Beside the removed model: the masks it was removed by, and how they came about."""
 
@@ -82,14 +85,14 @@ class _Pruning:
             surgery.check_dimensions(self.dense.config)
         if not self.task.splits["dev"]:
             raise UserError(f"{work.input('finetune') / 'task.json'}: the development split is empty, the best student could not be told")
-        self.batches = partial(TaskBatches, self.task.splits["train"], self.tokenizer, self.task, seed=self.seed)
+        self.taught: tuple[int, ...] = ()
         self.teacher = self._teacher()
         self.goals = self._goals()
 
     def mask(self, goal: Goal, before: Masks | None) -> Masks:
         """The student, trained with masks on its units until they remove what the goal asks; the best of what they made it is kept, without them."""
         settings, scratch = self.settings, self._scratch(goal)
-        batches = self.batches(settings.batch_size)
+        batches = self.batches(settings)
         steps = math.ceil(settings.epochs * batches.steps_per_epoch)
         masks = Masks(self.prunable, settings.sparsity, target=goal.share, removed=goal.removed, steps=steps, seed=self.seed, before=before)
         best = _Best(self, goal, masks, steps, max(1, round(settings.sparsity.evaluate_every * batches.steps_per_epoch)))
@@ -111,7 +114,7 @@ class _Pruning:
         """Units by what the labels' loss loses without them, the best of them kept."""
         if self.work.ranks.first and self.choice(goal) is None:
             settings = self.settings
-            batches = self.batches(settings.micro_batch_size)
+            batches = self.rows(settings.micro_batch_size)
             count = math.ceil(min(settings.one_shot.examples, len(batches.lengths)) / settings.micro_batch_size)
             rows = ({name: torch.from_numpy(array).to(self.device) for name, array in batches.batch(number).items()} for number in range(count))
             model = self._load(self.finetuned).to(self.device)  # type: ignore[arg-type]
@@ -136,7 +139,7 @@ class _Pruning:
         student, masks = self._load(removed), load_file(removed / MASKS)
         kept = masks["hidden"].nonzero().flatten() if "hidden" in masks else None
         recovery = self.settings.recovery
-        summary = self._distil(student, self.batches(recovery.batch_size), recovery, goal, RECOVERY, kept=kept)
+        summary = self._distil(student, self.batches(recovery), recovery, goal, RECOVERY, kept=kept)
         if summary.weights is not None:
             export.save(student, self.tokenizer, self._made(goal), summary.weights)
 
@@ -209,6 +212,13 @@ class _Pruning:
         path = self._scratch(goal) / REMOVED / CHOICE
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def batches(self, training: TaskTrainSettings) -> TaskBatches:
+        """As that training takes them."""
+        return self.rows(training.batch_size, by_length=training.group_by_length)
+
+    def rows(self, batch_size: int, *, by_length: bool = False) -> TaskBatches:
+        return TaskBatches(self.task.splits["train"], self.tokenizer, self.task, batch_size, self.seed, by_length=by_length)
+
     def score(self, model: Any) -> float:
         """By the task's own metric, on the development split."""
         return metrics.evaluate(model, self.tokenizer, self.task, "dev", self.settings.micro_batch_size, self.device)[self.task.metric]
@@ -227,10 +237,10 @@ class _Pruning:
     ) -> Summary:
         """The teacher into the student, with the masks in it or without."""
         settings, layers = self.settings.distillation, None
-        if settings.layers:
-            config: Any = self.teacher.config  # type: ignore[union-attr]
-            layers = LayerDistillation(teacher_layers(len(config.heads_per_layer)), config.hidden_size, rule=settings.mapping, kept=kept)
+        if self.taught:
+            layers = LayerDistillation(self.taught, self.dense.config.hidden_size, rule=settings.mapping, kept=kept)
         objective = Distillation(self.teacher, settings, masks, layers)
+        student.get_input_embeddings().requires_grad_(not training.freeze_embeddings)
         return train(
             Trainee(student, objective, side=masks),
             batches,
@@ -255,16 +265,24 @@ class _Pruning:
         self.work.ranks.barrier()
         return targets.goals(self.settings.sparsity, self.prunable, Table.open(path) if timed else None)
 
-    def _teacher(self) -> TrimlinePreTrainedModel | Tensor:
+    def _teacher(self) -> TrimlinePreTrainedModel | Recorded:
         settings = self.settings.distillation
         labels = self.task.labels if isinstance(self.task, Task) else None
         if settings.teacher_outputs is not None:
-            return teachers.outputs(settings.teacher_outputs, len(self.task.splits["train"]), len(labels or ()) or 1)
-        if settings.teacher is None:
-            return self._load(self.finetuned)
-        teacher = self._load(Path(settings.teacher))
-        teachers.check(teacher, self.dense, labels, layers=settings.layers > 0)
-        return teacher
+            return Recorded(teachers.outputs(settings.teacher_outputs, len(self.task.splits["train"]), len(labels or ()) or 1))
+        teacher = self._load(self.finetuned if settings.teacher is None else Path(settings.teacher))
+        if settings.teacher is not None:
+            teachers.check(teacher, self.dense, labels, layers=settings.layers > 0)
+        if settings.layers:
+            self.taught = teacher_layers(len(teacher.config.heads_per_layer))
+        rows = self.rows(self.settings.micro_batch_size)
+        if labels is None or teachers.size(teacher, rows, self.taught) > settings.record * 2**30:
+            return teacher
+        said = self.work.scratch / SAID
+        if self.work.ranks.first and not said.is_dir():
+            teachers.record(teacher, rows, self.taught, said, self.device)
+        self.work.ranks.barrier()
+        return teachers.recorded(said, rows, self.taught)
 
     def _load(self, directory: Path) -> TrimlinePreTrainedModel:
         model = build.load(directory, head=self.task.head)

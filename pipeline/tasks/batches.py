@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MULTIPLE = 8
 """Rows are padded to a multiple of this, which GPUs' matrix units like."""
+SORTED = 16
+"""Batches whose examples are sorted by length together."""
 
 
 class TaskBatches:
@@ -25,19 +27,22 @@ class TaskBatches:
 
     All are tokenised once, here, in memory: `encoded` (a row an example, or a window of a question). Rows are padded to the longest of the
     global batch, so that a row does not depend on the number of ranks.
+    by_length: examples of each `SORTED` batches are dealt out anew among these, the shortest to one, the longest to another, in random order.
     """
 
     unit = 1
 
-    def __init__(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, task: AnyTask, batch_size: int, seed: int):
+    def __init__(
+        self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, task: AnyTask, batch_size: int, seed: int, *, by_length: bool = False
+    ):
         assert examples
-        self.batch_size, self.seed, self.max_length = batch_size, seed, task.max_length
+        self.batch_size, self.seed, self.max_length, self.by_length = batch_size, seed, task.max_length, by_length
         self.encoded = task.encode(examples, tokenizer)
         self.lengths = np.array([len(tokens) for tokens in self.encoded.tokens])
         self.steps_per_epoch = len(self.lengths) / batch_size
         self._pad = tokenizer.pad_token_id or 0
-        self.fingerprint = _digest(batch_size, seed, self.lengths, self.encoded)
-        self._order = Order(len(self.lengths), seed)
+        self.fingerprint = _digest((batch_size, seed, by_length), self.lengths, self.encoded)
+        self._order, self._turns = Order(len(self.lengths), seed), Order(SORTED, seed)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, np.ndarray]:
         """That rank's rows of global batch `step`: see `rows`.
@@ -47,8 +52,17 @@ class TaskBatches:
         if self.batch_size < world:
             raise UserError(f"{world} ranks share a batch of {self.batch_size} examples: every rank needs one; raise batch_size or use fewer ranks")
         first, last = share(self.batch_size, rank, world)
-        numbers = self._order.at(step * self.batch_size + np.arange(self.batch_size))
+        numbers = self._numbers(step)
         return self.rows(numbers[first:last], width=int(self.lengths[numbers].max()))
+
+    def _numbers(self, step: int) -> np.ndarray:
+        """Of the examples of a global batch."""
+        if not self.by_length:
+            return self._order.at(step * self.batch_size + np.arange(self.batch_size))
+        together = SORTED * self.batch_size
+        numbers = self._order.at(step // SORTED * together + np.arange(together))
+        dealt = numbers[np.argsort(self.lengths[numbers], kind="stable")].reshape(SORTED, self.batch_size)
+        return dealt[self._turns.at(np.array([step]))[0]]
 
     def rows(self, numbers: np.ndarray, width: int | None = None) -> dict[str, np.ndarray]:
         """`input_ids`, `attention_mask` and, where the tokenizer tells texts apart by them, `token_type_ids`, int64 [B, L];
@@ -70,8 +84,8 @@ class TaskBatches:
         return padded
 
 
-def _digest(batch_size: int, seed: int, lengths: np.ndarray, encoded: Encoded) -> str:
-    digest = hashlib.sha256(repr((batch_size, seed, list(encoded.targets))).encode())
+def _digest(order: tuple[int, int, bool], lengths: np.ndarray, encoded: Encoded) -> str:
+    digest = hashlib.sha256(repr((*order, list(encoded.targets))).encode())
     for array in (lengths, np.concatenate(encoded.tokens), *encoded.targets.values()):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

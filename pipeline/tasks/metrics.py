@@ -64,23 +64,23 @@ def _evaluate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: AnyTask, split: str, batch_size: int, device: torch.device | str
 ) -> dict[str, float]:
     batches = TaskBatches(task.splits[split], tokenizer, task, batch_size, seed=0)
-    outputs = _outputs(model, batches, device)
+    found = outputs(model, batches, device)
     if isinstance(task, QuestionTask):
-        return squad.score(_answers(outputs, batches, task, split), task.splits[split])
+        return squad.score(_answers(found, batches, task, split), task.splits[split])
     labels = batches.encoded.targets["labels"]
     predictions = np.empty_like(labels)
-    for numbers, output in outputs:
+    for numbers, output in found:
         predictions[numbers] = (output.logits[:, 0] if task.regression else output.logits.argmax(-1)).float().cpu().numpy()
     return score(task, predictions, labels)
 
 
-def _outputs(model: nn.Module, batches: TaskBatches, device: torch.device | str) -> Iterator[tuple[np.ndarray, Any]]:
-    """Numbers of rows, and the model's output for them, until all had their turn."""
+def outputs(model: nn.Module, batches: TaskBatches, device: torch.device | str, **options: Any) -> Iterator[tuple[np.ndarray, Any]]:
+    """Numbers of rows, and the model's output for them, until all had their turn, the shortest first."""
     by_length = np.argsort(batches.lengths, kind="stable")
     for first in range(0, len(by_length), batches.batch_size):
         numbers = by_length[first : first + batches.batch_size]
         rows = batches.rows(numbers)
-        yield numbers, model(**{name: torch.from_numpy(rows[name]).to(device) for name in INPUTS if name in rows})
+        yield numbers, model(**{name: torch.from_numpy(rows[name]).to(device) for name in INPUTS if name in rows}, **options)
 
 
 def _answers(outputs: Iterator[tuple[np.ndarray, Any]], batches: TaskBatches, task: QuestionTask, split: str) -> list[str]:

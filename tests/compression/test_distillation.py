@@ -8,6 +8,7 @@ from pipeline.compression.layer_distillation import LayerDistillation, match, te
 from pipeline.compression.masks import Masks
 from pipeline.compression.settings import DistillationSettings, SparsitySettings
 from pipeline.compression.sparsity import Prunable
+from pipeline.compression.teachers import Recorded
 from pipeline.models.modeling_trimline import TrimlineForQuestionAnswering
 from pipeline.objectives.base import Trainee
 from pipeline.objectives.span import Span
@@ -130,7 +131,7 @@ def test_a_black_box_is_learnt_by_the_rows_numbers(encoder):
     outputs = torch.zeros(5, 3)
     outputs[[4, 2]] = teacher(data["input_ids"], data["attention_mask"]).logits.detach()
     settings = DistillationSettings(layers=0)
-    found = Distillation(outputs, settings)(student, data | {"example": torch.tensor([4, 2])}, 0)
+    found = Distillation(Recorded(outputs), settings)(student, data | {"example": torch.tensor([4, 2])}, 0)
     assert found["distill"].item() == pytest.approx(Distillation(teacher, settings)(student, data, 0)["distill"].item(), rel=1e-5)
 
 

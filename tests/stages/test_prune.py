@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from pipeline.artifacts import Artifact
+from pipeline.compression import teachers
 from pipeline.errors import UserError
 from pipeline.models import build
 from pipeline.models.size import block_parameters
 from pipeline.stages import prune
+from pipeline.tasks.batches import TaskBatches
 from pipeline.workflow import Work
 
 
@@ -44,6 +46,34 @@ def test_labels_and_tokenizer_travel_with_the_model(finetuned, pruned):
     work, _ = pruned
     assert build.load(work.directory / "model", head="classification").config.id2label == {0: "bad", 1: "good"}
     assert (work.directory / "model" / "tokenizer.json").is_file()
+
+
+def test_what_the_teacher_says_is_written_down_once_as_it_would_say_it(finetuned, pruned):
+    work, _ = pruned
+    rows = TaskBatches(finetuned.task.splits["train"], finetuned.tokenizer, finetuned.task, 32, seed=1)
+    recorded = teachers.recorded(work.scratch / "teacher", rows, (0, 1))
+    batch = {name: torch.from_numpy(array) for name, array in rows.batch(3).items()}
+    with torch.no_grad():
+        said = finetuned.model(batch["input_ids"], batch["attention_mask"], output_hidden_states=True)
+    found = recorded.outputs(batch["example"], batch["attention_mask"])
+    torch.testing.assert_close(found["logits"], said.logits, atol=1e-5, rtol=1e-5)
+    real = batch["attention_mask"].bool()
+    for mine, theirs in zip(found["hidden_states"][1:], said.hidden_states[1:], strict=True):
+        torch.testing.assert_close(mine[real], theirs[real], atol=2e-3, rtol=1e-3)
+
+
+def test_a_teacher_too_large_to_write_down_runs_and_frozen_embeddings_stay(finetuned, pruned, tmp_path):
+    settings, frozen = finetuned.recipe.prune, {"freeze_embeddings": True}
+    parts = {"distillation": settings.distillation.model_copy(update={"record": 0.0}), "recovery": settings.recovery.model_copy(update=frozen)}
+    recipe = finetuned.recipe.model_copy(update={"prune": settings.model_copy(update=parts | frozen)})
+    work = Work("prune", recipe, {"finetune": finetuned.artifact}, tmp_path, tmp_path / "logs")
+    figures = prune.run(work)
+    assert not (work.scratch / "teacher").exists()
+    before, after = (model.get_input_embeddings().weight for model in (finetuned.model, build.load(tmp_path / "model", head="classification")))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert figures["dev_accuracy_recovered"] > figures["dev_accuracy_teacher"] - 0.05
+    trained = build.load(pruned[0].directory / "model", head="classification").get_input_embeddings().weight
+    assert not torch.equal(trained, before)
 
 
 def test_the_constraint_can_be_watched(pruned):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.tasks.batches import TaskBatches
+from pipeline.tasks.batches import SORTED, TaskBatches
 from pipeline.tasks.task import Example, Task
 
 
@@ -20,9 +20,9 @@ PAIRS = [Example(words(3), words(2, 50), 0.5), Example(words(1), words(30, 40), 
 
 @pytest.fixture(scope="session")
 def make_batches(make_tokenizer):
-    def make(examples=SINGLES, batch_size=8, seed=3, max_length=20, second_type=0):
+    def make(examples=SINGLES, batch_size=8, seed=3, max_length=20, second_type=0, **options):
         task = Task({"train": examples}, ("a", "b", "c") if isinstance(examples[0].label, int) else (), ("accuracy",), max_length)
-        return TaskBatches(examples, make_tokenizer(second_type), task, batch_size, seed)
+        return TaskBatches(examples, make_tokenizer(second_type), task, batch_size, seed, **options)
 
     return make
 
@@ -43,6 +43,21 @@ def test_an_epoch_shows_every_example_once_and_the_next_in_another_order(make_ba
     first, second = batches.batch(0)["example"], batches.batch(1)["example"]
     assert sorted(first) == sorted(second) == list(range(29))
     assert first.tolist() != second.tolist()
+
+
+def test_batches_by_length_deal_the_same_examples_out_among_sixteen_batches(make_batches):
+    mixed, grouped = (make_batches(batch_size=2, by_length=by_length) for by_length in (False, True))
+    for first in (0, SORTED):
+        rows = [[batches.batch(step) for step in range(first, first + SORTED)] for batches in (mixed, grouped)]
+        examples = [np.concatenate([row["example"] for row in found]) for found in rows]
+        assert sorted(examples[0]) == sorted(examples[1])
+        spreads = [[int(np.ptp(row["attention_mask"].sum(1))) for row in found] for found in rows]
+        assert max(spreads[1]) <= 1 < np.mean(spreads[0])
+        shortest = [row["attention_mask"].sum(1).min() for row in rows[1]]
+        assert shortest != sorted(shortest)
+    parts = [grouped.batch(5, rank, 2)["example"] for rank in range(2)]
+    assert np.concatenate(parts).tolist() == grouped.batch(5)["example"].tolist()
+    assert grouped.fingerprint != mixed.fingerprint
 
 
 def test_rows_hold_tokens_labels_and_padding_to_a_multiple_of_eight(make_batches):
