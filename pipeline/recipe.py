@@ -71,8 +71,10 @@ class FinetuneSettings(TaskTrainSettings):
 class PruneSettings(TaskTrainSettings):
     """Pruning of the fine-tuned model on its own task, then fine-tuning of what is left. Each target has so many epochs, and so many of recovery."""
 
-    method: Literal["cofi", "one-shot"] = setting(
-        "cofi", "cofi: masks are trained with the student; one-shot: units are ranked once, and what is left recovers."
+    method: Literal["cofi", "one-shot", "student"] = setting(
+        "cofi",
+        "cofi: masks are trained with the student; one-shot: units are ranked once, and what is left recovers; student: evenly spaced layers of"
+        " sparsity.shape, with their heads and neurons of largest weights, and then the same.",
     )
     multiple_of: int = setting(1, "Widths of layers that stay are rounded up to multiples of this, such as 8 or 64. 1: as they come.", ge=1)
     onnx: bool = setting(False, "Write each model as an ONNX graph too, model.onnx beside it; needs trimline[onnx].")
@@ -146,6 +148,8 @@ class Recipe(Settings):
             raise ValueError("prune.distillation.teacher_outputs holds logits of labels; finetune.task is squad: leave it out")
         if sparsity.shape and prune.multiple_of > 1:
             raise ValueError("prune.multiple_of rounds widths, which sparsity.shape says exactly; leave one of them out")
+        if prune.method == "student" and (sparsity.shape is None or sparsity.shape.hidden is not None):
+            raise ValueError("prune.method student makes a smaller model of the same width; say how small by sparsity.shape: {layers, heads, ffn}")
         if prune.method == "one-shot" and not {"heads", "neurons"} <= set(sparsity.units):
             raise ValueError(f"prune.method one-shot ranks heads and neurons; sparsity.units are {', '.join(sparsity.units)}: add them")
         if prune.method == "one-shot" and "hidden" in sparsity.units and not sparsity.shape:

@@ -23,18 +23,27 @@ def student(teacher: TrimlinePreTrainedModel, settings: StudentSettings) -> Trim
     drawn from torch's global generator.
     Raises UserError where the teacher is smaller than that, or was pruned.
     """
-    prunable = Prunable.of(teacher.config)
-    Shape(settings.layers, settings.heads, settings.ffn, prunable.hidden).check(prunable)
-    chosen = torch.zeros(prunable.layers, 1)
-    chosen[list(teacher_layers(prunable.layers, settings.layers))] = 1
-    blocks: list[Any] = list(teacher.base_model.layers)  # type: ignore[arg-type]
-    heads, neurons = (torch.stack([scores_of(block) for block in blocks]) for scores_of in (_heads, _neurons))
-    masks = {"heads": highest(heads, settings.heads) * chosen, "neurons": highest(neurons, settings.ffn) * chosen}
-    smaller = surgery.compact(surgery.remove(teacher, masks))
+    shape = Shape(settings.layers, settings.heads, settings.ffn, Prunable.of(teacher.config).hidden)
+    smaller = surgery.compact(surgery.remove(teacher, spaced(teacher, shape)))
     if settings.initial == "random":
         for module in smaller.base_model.layers.modules():  # type: ignore[union-attr]
             smaller._init_weights(module)
     return smaller.requires_grad_(True)  # the teacher may be frozen
+
+
+@torch.no_grad()
+def spaced(teacher: TrimlinePreTrainedModel, shape: Shape) -> dict[str, Tensor]:
+    """Masks that leave evenly spaced layers, the last among them, and of each the heads and neurons of largest weights.
+
+    Raises UserError where the teacher is smaller than the shape, or was pruned.
+    """
+    prunable = Prunable.of(teacher.config)
+    shape.check(prunable)
+    chosen = torch.zeros(prunable.layers, 1)
+    chosen[list(teacher_layers(prunable.layers, shape.layers))] = 1
+    blocks: list[Any] = list(teacher.base_model.layers)  # type: ignore[arg-type]
+    heads, neurons = (torch.stack([scores_of(block) for block in blocks]) for scores_of in (_heads, _neurons))
+    return {"heads": highest(heads, shape.heads) * chosen, "neurons": highest(neurons, shape.ffn) * chosen}
 
 
 def _heads(block: Any) -> Tensor:

@@ -27,6 +27,7 @@ from pipeline.compression.masks import Masks
 from pipeline.compression.pictures import structure_figure
 from pipeline.compression.sparsity import Prunable
 from pipeline.compression.structure import deaths, structure, table
+from pipeline.compression.student import spaced
 from pipeline.compression.teachers import Recorded
 from pipeline.corpus import tokenizer as tokenizers
 from pipeline.errors import UserError
@@ -59,10 +60,10 @@ def run(work: Work) -> dict[str, Any]:
     pruning = _Pruning(work)
     before = None
     for goal in pruning.goals:
-        if pruning.settings.method == "one-shot":
-            pruning.rank(goal)
-        else:
+        if pruning.settings.method == "cofi":
             before = pruning.mask(goal, before)
+        else:
+            pruning.pick(goal)
         pruning.recover(goal)
     return pruning.publish() if work.ranks.first else {}
 
@@ -110,28 +111,35 @@ class _Pruning:
         self.work.ranks.barrier()
         return masks
 
-    def rank(self, goal: Goal) -> None:
-        """Units by what the labels' loss loses without them, the best of them kept."""
+    def pick(self, goal: Goal) -> None:
+        """Removes at once what method one-shot ranks lowest, or all but what makes a smaller student."""
         if self.work.ranks.first and self.choice(goal) is None:
-            settings = self.settings
-            batches = self.rows(settings.micro_batch_size)
-            count = math.ceil(min(settings.one_shot.examples, len(batches.lengths)) / settings.micro_batch_size)
-            rows = ({name: torch.from_numpy(array).to(self.device) for name, array in batches.batch(number).items()} for number in range(count))
-            model = self._load(self.finetuned).to(self.device)  # type: ignore[arg-type]
-            found = one_shot.importance(model, rows, partial(label_losses, model), units=settings.sparsity.units)
-            if goal.shape is not None:
-                masks = shapes.to_shape(found, goal.shape, self.prunable)
+            if self.settings.method == "student":
+                assert goal.shape is not None
+                masks = spaced(self.dense, goal.shape)
             else:
-                masks = one_shot.choose(
-                    found,
-                    goal.removed,
-                    goal.share,
-                    head_share=settings.one_shot.head_share,
-                    multiple=settings.multiple_of,
-                    head_dim=self.dense.config.head_dim,
-                )
+                masks = self._ranked(goal)
             self.keep(goal, self.remove(self.dense, masks, goal), masks, {"removed": goal.removed(masks).item()})
         self.work.ranks.barrier()
+
+    def _ranked(self, goal: Goal) -> dict[str, Tensor]:
+        """Units by what the labels' loss loses without them, the best of them kept."""
+        settings = self.settings
+        batches = self.rows(settings.micro_batch_size)
+        count = math.ceil(min(settings.one_shot.examples, len(batches.lengths)) / settings.micro_batch_size)
+        rows = ({name: torch.from_numpy(array).to(self.device) for name, array in batches.batch(number).items()} for number in range(count))
+        model = self._load(self.finetuned).to(self.device)  # type: ignore[arg-type]
+        found = one_shot.importance(model, rows, partial(label_losses, model), units=settings.sparsity.units)
+        if goal.shape is not None:
+            return shapes.to_shape(found, goal.shape, self.prunable)
+        return one_shot.choose(
+            found,
+            goal.removed,
+            goal.share,
+            head_share=settings.one_shot.head_share,
+            multiple=settings.multiple_of,
+            head_dim=self.dense.config.head_dim,
+        )
 
     def recover(self, goal: Goal) -> None:
         """What is left, trained from the teacher once more."""
@@ -257,13 +265,15 @@ class _Pruning:
 
     def _goals(self) -> list[Goal]:
         """What is to be reached; a speed-up by a table of this machine, which the first rank measures."""
-        path = self.work.scratch / "latency.json"
-        timed = bool(self.settings.sparsity.speed_up)
+        path, sparsity = self.work.scratch / "latency.json", self.settings.sparsity
+        if self.settings.method == "student":
+            sparsity = sparsity.model_copy(update={"units": ("heads", "neurons", "attention")})  # what tells sizes apart; nothing is ranked
+        timed = bool(sparsity.speed_up)
         if timed and self.work.ranks.first:
             path.parent.mkdir(parents=True, exist_ok=True)
-            targets.measured(self.settings.sparsity, self.dense.config, path, self.device)
+            targets.measured(sparsity, self.dense.config, path, self.device)
         self.work.ranks.barrier()
-        return targets.goals(self.settings.sparsity, self.prunable, Table.open(path) if timed else None)
+        return targets.goals(sparsity, self.prunable, Table.open(path) if timed else None)
 
     def _teacher(self) -> TrimlinePreTrainedModel | Recorded:
         settings = self.settings.distillation

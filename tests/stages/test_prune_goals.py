@@ -105,6 +105,17 @@ def test_in_one_shot_nothing_is_trained_but_what_is_left(run, finetuned, goal):
     assert figures["dev_accuracy_recovered"] > 0.8
 
 
+def test_a_smaller_student_begins_as_evenly_spaced_layers(run, finetuned):
+    work, figures = run(method="student", sparsity={"shape": {"layers": 1, "heads": 2, "ffn": 24}})
+    config = build.load(work.directory / "model", head="classification").config
+    assert (config.heads_per_layer, config.ffn_per_layer) == ([2], [24])
+    begun = build.load(work.scratch / "shape" / "removed", head="classification").base_model.layers[0].feed_forward.up.weight
+    last = finetuned.model.base_model.layers[1].feed_forward.up.weight
+    assert all((row == last).all(1).any() for row in begun)
+    assert figures["realised_sparsity"] == pytest.approx(0.77, abs=0.05)
+    assert figures["dev_accuracy_recovered"] > 0.8
+
+
 def test_a_black_box_teaches_by_its_outputs(run, finetuned, tmp_path):
     examples = finetuned.task.splits["train"]
     logits = [[3.0, -3.0] if example.label == 0 else [-3.0, 3.0] for example in examples]
