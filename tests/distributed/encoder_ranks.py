@@ -18,13 +18,18 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from pipeline import objectives
+from pipeline.compression.general import GeneralDistillation, Upstream
+from pipeline.compression.masks import Masks
+from pipeline.compression.settings import SparsitySettings
+from pipeline.compression.sparsity import Prunable
+from pipeline.compression.student import student
 from pipeline.corpus.store import Store, Writer
 from pipeline.launch.ranks import Ranks
 from pipeline.models import build
 from pipeline.models.settings import ModelSettings
 from pipeline.objectives.base import Trainee
 from pipeline.objectives.notes import Notes
-from pipeline.objectives.settings import ElectraSettings, MetaControllerSettings, MlmSettings, NotesSettings
+from pipeline.objectives.settings import DistillSettings, ElectraSettings, MetaControllerSettings, MlmSettings, NotesSettings
 from pipeline.packing import plan as plans
 from pipeline.packing import word_counts
 from pipeline.packing.loader import Loader
@@ -35,7 +40,7 @@ from pipeline.training.settings import TrainSettings
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", *(f"w{number}" for number in range(5, 60))]
 SETTINGS = {"batch_size": 8, "micro_batch_size": 2, "lr": 5e-3, "log_every": 1, "checkpoint_every": 1000}
 SHAPE = {"layers": 2, "hidden": 48, "heads": 3, "ffn": 64, "max_length": 16, "init_std": 0.2}
-OBJECTIVES = {"mlm": MlmSettings, "electra": ElectraSettings, "meta_controller": MetaControllerSettings}
+OBJECTIVES = {"mlm": MlmSettings, "electra": ElectraSettings, "meta_controller": MetaControllerSettings, "distill": DistillSettings}
 
 
 def data(directory: Path) -> tuple[Store, PreTrainedTokenizerFast, plans.Plan]:
@@ -73,11 +78,19 @@ def run(training: dict[str, Any], place: Path) -> None:
     settings = OBJECTIVES[training["objective"]](**training.get("options", {}))
     torch.manual_seed(0)
     model = build.new(ModelSettings(**SHAPE, dropout=training.get("dropout", 0.0), positions=training["positions"]), tokenizer, settings.head)
-    objective = objectives.build(settings, tokenizer, 1, model=model.config)
+    if isinstance(settings, DistillSettings):
+        teacher, model = model, student(model, settings.student)
+        objective = GeneralDistillation(settings, tokenizer, 1, teacher)
+    else:
+        objective = objectives.build(settings, tokenizer, 1, model=model.config)
     if rare is not None:
         objective.take_notes(Notes(NotesSettings(window=2), len(rare), SHAPE["hidden"], 1))
+    side = objective.notes
+    if "sparsity" in training:
+        side = Masks(Prunable.of(model.config), SparsitySettings(**training["sparsity"]), target=0.5, steps=training["steps"], seed=1)
+        objective = Upstream(objective, side)
     directory = place / training["name"]
-    trainee = Trainee(model, objective, side=objective.notes)
+    trainee = Trainee(model, objective, side=side)
     summary = train(
         trainee, batches, TrainSettings(**SETTINGS | training.get("settings", {})), steps=training["steps"], seed=1,
         directory=directory, logs=directory / "logs", ranks=Ranks.here(), title=training["name"], loss_weights=objective.loss_weights,

@@ -16,6 +16,8 @@ KINDS = {
     for objective in ("mlm", "electra", "meta_controller")
     for suffix, options in (("", {"positions": "absolute"}), ("-tupe-notes", {"positions": "tupe-relative", "notes": True}))
 }
+KINDS["distill"] = {"objective": "distill", "positions": "absolute", "options": {"student": {"layers": 1, "heads": 2, "ffn": 32}, "hard_labels": 0.5}}
+KINDS["mlm-sparsity"] = {"objective": "mlm", "positions": "absolute", "sparsity": {"prepruning_ratio": 0.0, "warmup_ratio": 0.5}}
 EAGER = {"stage3_param_persistence_threshold": 0}
 """ZeRO-3 keeps small parameters whole; these models have no others."""
 KILLED = {**KINDS["meta_controller-tupe-notes"], "dropout": 0.1, "settings": {"deepspeed": "zero1", "checkpoint_every": 1}}
