@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from documents import Dying, data
 
 from pipeline import objectives
 from pipeline.compression.general import GeneralDistillation, Upstream
@@ -23,54 +21,25 @@ from pipeline.compression.masks import Masks
 from pipeline.compression.settings import SparsitySettings
 from pipeline.compression.sparsity import Prunable
 from pipeline.compression.student import student
-from pipeline.corpus.store import Store, Writer
 from pipeline.launch.ranks import Ranks
 from pipeline.models import build
 from pipeline.models.settings import ModelSettings
 from pipeline.objectives.base import Trainee
 from pipeline.objectives.notes import Notes
 from pipeline.objectives.settings import DistillSettings, ElectraSettings, MetaControllerSettings, MlmSettings, NotesSettings
-from pipeline.packing import plan as plans
 from pipeline.packing import word_counts
-from pipeline.packing.loader import Loader
 from pipeline.packing.settings import PackSettings
 from pipeline.training.loop import train
 from pipeline.training.settings import TrainSettings
 
-WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", *(f"w{number}" for number in range(5, 60))]
 SETTINGS = {"batch_size": 8, "micro_batch_size": 2, "lr": 5e-3, "log_every": 1, "checkpoint_every": 1000}
 SHAPE = {"layers": 2, "hidden": 48, "heads": 3, "ffn": 64, "max_length": 16, "init_std": 0.2}
 OBJECTIVES = {"mlm": MlmSettings, "electra": ElectraSettings, "meta_controller": MetaControllerSettings, "distill": DistillSettings}
-
-
-def data(directory: Path) -> tuple[Store, PreTrainedTokenizerFast, plans.Plan]:
-    """Documents of uneven length, each over few words of its own."""
-    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    roles = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **{f"{role}_token": word for role, word in roles.items()})
-    draws = np.random.default_rng(0)
-    (directory / "store").mkdir(parents=True)
-    with Writer(directory / "store" / "00000", np.uint16) as writer:
-        for _ in range(80):
-            writer.add([*(5 + draws.choice(55, 6)[draws.integers(0, 6, draws.integers(20, 60))]), 3])
-    store = Store.open(directory / "store")
-    settings = PackSettings(length=16, segments="within", min_tokens=3)
-    return store, tokenizer, plans.make(directory / "plan", settings, "encoder", store, tokenizer)
-
-
-class Dying(Loader):
-    """A loader whose batch kills this process at one step."""
-
-    dies_at: int | None = None
-
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        if step == self.dies_at and rank == world - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().batch(step, rank, world)
+PACKED = PackSettings(length=SHAPE["max_length"], segments="within", min_tokens=3)
 
 
 def run(training: dict[str, Any], place: Path) -> None:
-    store, tokenizer, plan = data(place / f"data-{Ranks.here().rank}-{training['name']}-{os.getpid()}")
+    store, tokenizer, plan = data(place / f"data-{Ranks.here().rank}-{training['name']}-{os.getpid()}", PACKED, "encoder")
     hashes, counts = word_counts.count(store, tokenizer)
     rare = hashes[counts < np.median(counts)] if training.get("notes") else None
     batches = Dying(plan, store, tokenizer, SETTINGS["batch_size"], 1, rare=rare)

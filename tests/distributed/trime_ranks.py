@@ -7,61 +7,30 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from documents import Dying, data
 
 from pipeline import objectives
-from pipeline.corpus.store import Store, Writer
 from pipeline.launch.ranks import Ranks
 from pipeline.models import build
 from pipeline.models.settings import ModelSettings
 from pipeline.objectives.base import Trainee
 from pipeline.objectives.settings import TrimeExtSettings, TrimeLongSettings
-from pipeline.packing import plan as plans
-from pipeline.packing.loader import Loader
 from pipeline.packing.settings import PackSettings
 from pipeline.training.loop import train
 from pipeline.training.settings import TrainSettings
 
-WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", *(f"w{number}" for number in range(5, 60))]
 SETTINGS = {"batch_size": 16, "micro_batch_size": 4, "lr": 5e-3, "log_every": 1, "checkpoint_every": 1000}
 SEGMENT, GROUP = 12, 4
-
-
-def data(directory: Path) -> tuple[Store, PreTrainedTokenizerFast, plans.Plan]:
-    """Documents of uneven length over few words of their own, so that memory has what comes next."""
-    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    draws = np.random.default_rng(0)
-    (directory / "store").mkdir(parents=True)
-    with Writer(directory / "store" / "00000", np.uint16) as writer:
-        for _ in range(80):
-            writer.add([*(5 + draws.choice(55, 6)[draws.integers(0, 6, draws.integers(20, 60))]), 3])
-    store = Store.open(directory / "store")
-    settings = PackSettings(length=SEGMENT, segments="within", min_tokens=3, groups="consecutive", group_size=GROUP)
-    return store, tokenizer, plans.make(directory / "plan", settings, "decoder", store, tokenizer)
-
-
-class Dying(Loader):
-    """A loader whose batch kills this process at one step."""
-
-    dies_at: int | None = None
-
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        if step == self.dies_at and rank == world - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().batch(step, rank, world)
+PACKED = PackSettings(length=SEGMENT, segments="within", min_tokens=3, groups="consecutive", group_size=GROUP)
 
 
 def run(training: dict[str, Any], place: Path) -> None:
-    store, tokenizer, plan = data(place / f"data-{Ranks.here().rank}-{training['name']}-{os.getpid()}")
+    store, tokenizer, plan = data(place / f"data-{Ranks.here().rank}-{training['name']}-{os.getpid()}", PACKED, "decoder")
     together = training.get("ranks_per_group", 1)
     batches = Dying(plan, store, tokenizer, SETTINGS["batch_size"], 1, places=True, ranks_per_group=together)
     batches.dies_at = training.get("dies_at")
