@@ -12,10 +12,10 @@ one-shot  heads and neurons by first-order importance, each target by itself
 student   two or three whole layers of the teacher with fewer heads and neurons, as many parameters as the target leaves
 
 Each distils from the teacher (outputs and layers) and recovers after the removal: cofi for --recovery-steps; one-shot and student for as long as
-cofi's masking up to that target and its recovery took together; one-shot-short for --recovery-steps only. A thread an arm; core-minutes are the time in
-training steps, without the scoring in between. Kept: the share of the teacher's score. Speed-ups are of the layers, rows of 128 tokens without
-padding, models in turn, the first seed's; parameters those of the blocks, and of the whole model. Scores are of the development split, on which cofi
-also chooses among its masked students; MRPC and RTE have none, a tenth of train is held out by seed.
+cofi's masking up to that target and its recovery took together; one-shot-short for --recovery-steps only. A thread an arm; core-minutes are the time
+in training steps, without the scoring in between. Kept: the share of the teacher's score. Speed-ups are of the layers, rows of 128 tokens without
+padding, models in turn, the first seed's; parameters those of the blocks, and of the whole model. Scores are of the development split; MRPC and RTE
+have none, a tenth of train is held out by seed.
 """
 
 from __future__ import annotations
