@@ -54,15 +54,13 @@ def goals(settings: SparsitySettings, prunable: Prunable, table: Table | None = 
 
 
 def settle(masks: Masks, goal: Goal, multiple: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The masks to remove by: exactly of the goal's shape, or of its share with widths rounded up; and the shifts of log alpha behind them."""
+    """The masks to remove by, of the goal's shape, or as near its share as widths in multiples allow; and the shifts of log alpha behind them."""
     if goal.shape is not None:
         kept = shapes.to_shape(masks.scores, goal.shape, masks.prunable)
         soft = masks.soft()
         return {unit: torch.where(mask > 0, soft[unit], 0.0) if unit in soft else mask for unit, mask in kept.items()}, {}
-    settled, shifts = masks.settle()
-    if multiple > 1:
-        settled = shapes.round_up(settled, masks.scores, multiple, masks.prunable.hidden // masks.prunable.heads)
-    return settled, shifts
+    head_dim = masks.prunable.hidden // masks.prunable.heads
+    return masks.settle(lambda found: shapes.round_up(found, masks.scores, multiple, head_dim))
 
 
 def measured(settings: SparsitySettings, config: TrimlineConfig, path: Path, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -127,29 +127,31 @@ class Masks(nn.Module):
         """The masks of evaluation by unit. shifts: by unit, added to log alpha where zeros are counted."""
         return {unit: mask.deterministic((shifts or {}).get(unit, 0.0)) for unit, mask in self._each()}
 
-    def settle(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def settle(self, rounded: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The masks to remove by, and the shifts of log alpha that bring what they remove to the target.
 
         The expected sparsity ends near the target, not on it, and the evaluation rule leaves of every unit a few, whatever its masks. So zeros are
         counted at log alpha plus one number for all units, then plus one more for each unit, from the coarsest to the finest, each found by
         bisection. Which units of a layer go first, and the values of those kept, stay as trained.
+        rounded: what becomes of masks before they are used.
         """
+
+        def realised(shifts: Mapping[str, float]) -> float:
+            return self.realised_sparsity(rounded(self.deterministic(shifts))).item()
+
         units = [unit for unit, _ in self._each()]
         shifts = dict.fromkeys(units, 0.0)
         for shifted in (units, *([unit] for unit in units if unit not in GATES)):
             low, high = -20.0, 20.0
-            candidates = [(abs(self._realised(shifts) - self.target), shifts)]
+            candidates = [(abs(realised(shifts) - self.target), shifts)]
             for _ in range(40):
                 middle = (low + high) / 2
                 trial = {unit: shifts[unit] + (middle if unit in shifted else 0.0) for unit in units}
-                sparsity = self._realised(trial)
+                sparsity = realised(trial)
                 candidates.append((abs(sparsity - self.target), trial))
                 low, high = (middle, high) if sparsity > self.target else (low, middle)
             shifts = min(candidates, key=lambda candidate: candidate[0])[1]
-        return self.deterministic(shifts), shifts
-
-    def _realised(self, shifts: Mapping[str, float]) -> float:
-        return self.realised_sparsity(self.deterministic(shifts)).item()
+        return rounded(self.deterministic(shifts)), shifts
 
     def _counts(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         layers = alive(masks, self.prunable)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.compression import goals
+from pipeline.compression.goals import Goal
 from pipeline.compression.hard_concrete import HardConcrete
 from pipeline.compression.masks import FINE, GATES, Masks, alive
 from pipeline.compression.settings import SparsitySettings
+from pipeline.compression.shapes import round_up
 from pipeline.compression.sparsity import PENALTY, Lagrangian, Prunable
 
 MODULE = np.load(Path(__file__).parent / "mask_module.npz")
@@ -164,6 +167,16 @@ def test_settling_masks_that_missed_the_target_takes_of_every_unit():
     assert masks.realised_sparsity(settled).item() == pytest.approx(0.5, abs=0.003)
     assert max(shifts.values()) < -1
     assert all(0.1 < (mask == 0).float().mean() < 0.8 for mask in settled.values())
+
+
+def test_settling_counts_what_rounding_to_multiples_gives_back():
+    masks, _, _ = simulate(0.8, 200)
+    head_dim = masks.prunable.hidden // masks.prunable.heads
+    after = round_up(masks.settle()[0], masks.scores, 32, head_dim)
+    within, _ = goals.settle(masks, Goal("0.8", 0.8, masks.prunable.sparsity), 32)
+    assert all(count % 32 == 0 for count in (within["neurons"] > 0).sum(-1).tolist())
+    missed = [abs(masks.realised_sparsity(found).item() - 0.8) for found in (after, within)]
+    assert missed[1] < 0.01 < missed[0]
 
 
 def test_heads_alone_land_within_half_a_head():
