@@ -262,6 +262,8 @@ def results(task: str, runs: Sequence[Run], options: argparse.Namespace) -> None
     of = {pair: [run for run in runs if run.made(*pair)] for pair in pairs}
     pairs = [pair for pair in pairs if of[pair]]
     timed = [pair for pair in pairs if runs[0].made(*pair)]
+    if not timed:
+        return
     fast = {rows: speed_ups(runs[0], timed, rows, repeats) for rows, repeats in ((1, 30), (128, options.repeats))} if options.repeats else {}
     teacher = runs[0].teacher
     metric = runs[0].entry(*timed[0])["figures"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MULTIPLE = 8
 """Rows are padded to a multiple of this, which GPUs' matrix units like."""
 SORTED = 16
-"""Batches whose examples are sorted by length together."""
+"""Batches whose examples are sorted by length together; fewer where an epoch has fewer, so that no example meets itself."""
 
 
 class TaskBatches:
@@ -42,7 +42,8 @@ class TaskBatches:
         self.steps_per_epoch = len(self.lengths) / batch_size
         self._pad = tokenizer.pad_token_id or 0
         self.fingerprint = _digest((batch_size, seed, by_length), self.lengths, self.encoded)
-        self._order, self._turns = Order(len(self.lengths), seed), Order(SORTED, seed)
+        self._sorted = max(1, min(SORTED, len(self.lengths) // batch_size))
+        self._order, self._turns = Order(len(self.lengths), seed), Order(self._sorted, seed)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, np.ndarray]:
         """That rank's rows of global batch `step`: see `rows`.
@@ -59,9 +60,9 @@ class TaskBatches:
         """Of the examples of a global batch."""
         if not self.by_length:
             return self._order.at(step * self.batch_size + np.arange(self.batch_size))
-        together = SORTED * self.batch_size
-        numbers = self._order.at(step // SORTED * together + np.arange(together))
-        dealt = numbers[np.argsort(self.lengths[numbers], kind="stable")].reshape(SORTED, self.batch_size)
+        together = self._sorted * self.batch_size
+        numbers = self._order.at(step // self._sorted * together + np.arange(together))
+        dealt = numbers[np.argsort(self.lengths[numbers], kind="stable")].reshape(self._sorted, self.batch_size)
         return dealt[self._turns.at(np.array([step]))[0]]
 
     def rows(self, numbers: np.ndarray, width: int | None = None) -> dict[str, np.ndarray]:
