@@ -61,7 +61,7 @@ class TaskTrainSettings(TrainSettings):
     epochs: float = setting(3.0, "Passes over the training split.", unit="epochs", gt=0)
     lr: float = setting(5e-5, "Peak learning rate.", gt=0)
     group_by_length: bool = setting(True, "A batch holds examples of about the same length, of those of up to 16 random batches: less padding.")
-    freeze_embeddings: bool = setting(False, "Leave the token embeddings as they are: of a small model they are most of what a step costs.")
+    freeze_embeddings: bool = setting(False, "Leave the token embeddings as they are: of a small model they are most of the parameters.")
 
 
 class FinetuneSettings(TaskTrainSettings):
