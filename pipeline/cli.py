@@ -298,4 +298,7 @@ def explain(key: Annotated[str, typer.Argument(help="A recipe key, such as pretr
 def main() -> None:
     if "LOCAL_RANK" in os.environ:  # DeepSpeed's launcher tells each rank twice, unless it is told not to
         sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    app()
+    from pipeline.launch.ranks import leaving
+
+    with leaving():
+        app()

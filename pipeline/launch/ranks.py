@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 STOPPED = 85
@@ -100,3 +102,37 @@ def stop_at_once() -> None:
     """Make SIGTERM and SIGUSR2 end this process with code 85: for stages that resume from the files they have finished."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda *_: os._exit(STOPPED))
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Around all that a rank does: where it met the others through gloo, the process ends with the block, without the interpreter's own end.
+
+    There a thread of gloo that still lets go of the last collective's tensor aborts a rank whose work is done, about once
+    in a hundred times (pytorch/pytorch#190489); destroying the process group does not end those threads.
+    """
+    code: object = None
+    try:
+        yield
+    except SystemExit as asked:
+        if not _gloo():
+            raise
+        code = asked.code
+    except BaseException:
+        if not _gloo():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if _gloo():
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
+            code = 1
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+
+def _gloo() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized() and distributed.get_backend() == "gloo"

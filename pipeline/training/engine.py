@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import io
 import logging
@@ -48,15 +47,7 @@ def start() -> torch.device:
         if not cuda:  # DeepSpeed would compile a shared-memory all-reduce, for over a minute
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
-        if not cuda:
-            atexit.register(_leave)
     return device
-
-
-def _leave() -> None:
-    """Ends gloo's threads, which at the interpreter's end would, once in a while, abort a rank whose work is done."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pipeline.compression.masks import Masks
 from pipeline.compression.settings import SparsitySettings
 from pipeline.compression.sparsity import Prunable
 from pipeline.compression.student import student
-from pipeline.launch.ranks import Ranks
+from pipeline.launch.ranks import Ranks, leaving
 from pipeline.models import build
 from pipeline.models.settings import ModelSettings
 from pipeline.objectives.base import Trainee
@@ -74,4 +74,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with leaving():
+        main()

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.artifacts import Artifact
 from pipeline.compression.masks import Masks
-from pipeline.launch.ranks import Ranks
+from pipeline.launch.ranks import Ranks, leaving
 from pipeline.models import export
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineForQuestionAnswering, TrimlineForSequenceClassification
 from pipeline.recipe import Recipe
@@ -111,4 +111,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with leaving():
+        main()

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
-from pipeline.launch.ranks import Ranks
+from pipeline.launch.ranks import Ranks, leaving
 from pipeline.training import loop
 from pipeline.training.loop import Stopped, Summary, train
 from pipeline.training.schedules import learning_rate
@@ -278,4 +278,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with leaving():
+        main()

@@ -15,7 +15,7 @@ import torch
 from documents import Dying, data
 
 from pipeline import objectives
-from pipeline.launch.ranks import Ranks
+from pipeline.launch.ranks import Ranks, leaving
 from pipeline.models import build
 from pipeline.models.settings import ModelSettings
 from pipeline.objectives.base import Trainee
@@ -55,4 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with leaving():
+        main()

@@ -67,3 +67,43 @@ def test_a_stage_that_resumes_from_its_files_stops_at_once_with_85(number) -> No
     rank = _rank("ranks.stop_at_once()")
     rank.send_signal(number)
     assert rank.wait(10) == ranks.STOPPED
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "told"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(85)", 85, ""),
+        ("sys.exit('no space')", 1, "no space\n"),
+        ("raise RuntimeError('broken')", 1, "RuntimeError: broken\n"),
+    ],
+)
+def test_a_rank_that_met_others_through_gloo_leaves_with_its_code_and_words_without_the_interpreters_end(ending, code, told) -> None:
+    meet = "from pipeline.training import engine; engine.start()"
+    left = _left(meet, ending)
+    assert (left.returncode, left.stdout) == (code, "said\nat exit\n")
+    assert left.stderr.endswith(told)
+    assert ("Traceback" in left.stderr) == ("raise" in ending)
+
+
+def test_a_process_without_gloo_ends_as_any_other() -> None:
+    left = _left("pass", "sys.exit(3)")
+    assert (left.returncode, left.stdout) == (3, "said\nat exit\nfinalized\n")
+
+
+def _left(meet: str, ending: str) -> subprocess.CompletedProcess[str]:
+    code = f"""
+import atexit, os, sys
+from pipeline.launch.ranks import leaving
+class Last:
+    def __del__(self, write=os.write): write(1, b"finalized\\n")
+{meet}
+last = Last()
+atexit.register(print, "at exit")
+with leaving():
+    print("said")
+    {ending}
+"""
+    env = {name: value for name, value in os.environ.items() if name not in NAMES}
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=root, timeout=120, check=False)
