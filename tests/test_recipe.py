@@ -143,6 +143,7 @@ def test_a_key_given_twice_is_refused(written):
         (GOOD + "finetune: {}\nprune: {sparsity: {target: 1.2}}\n", "prune.sparsity.target.0: input should be less than 1, found 1.2"),
         (GOOD + "finetune: {}\nprune: {sparsity: {target: 0.5, speed_up: 2}}\n", "target and speed_up are different things to reach; give one"),
         (GOOD + "finetune: {}\nprune: {sparsity: {units: [heads, heads]}}\n", "units ['heads', 'heads']: name each once"),
+        (GOOD + "finetune: {}\nprune: {method: one-shot, sparsity: {head_share: null}}\n", "sparsity.head_share is null"),
         (GOOD + "finetune: {}\nprune: {method: one-shot, sparsity: {units: [heads]}}\n", "prune.method one-shot ranks heads and neurons"),
         (GOOD + "finetune: {}\nprune: {distillation: {teacher_outputs: x.npz}}\n", "layers: 0.5 learns a teacher's hidden states"),
         (GOOD + "finetune: {}\nprune: {method: student}\n", "say how small by sparsity.shape: {layers, heads, ffn}"),

@@ -21,11 +21,13 @@ from pipeline.models.modeling_trimline import TrimlineConfig
 
 @dataclass(frozen=True)
 class Goal:
-    """name: of its directory. share: to remove, as `removed` measures it. shape: what is to be left exactly, where that is the goal."""
+    """name: of its directory. share: to remove, as `removed` measures it. head_share: of what is kept, attention's; None where it may come as it
+    will. shape: what is to be left exactly, where that is the goal."""
 
     name: str
     share: float
     removed: Removed
+    head_share: float | None = None
     shape: Shape | None = None
 
 
@@ -38,11 +40,13 @@ def goals(settings: SparsitySettings, prunable: Prunable, table: Table | None = 
         given = settings.shape.model_dump()
         shape = Shape(**{**given, "hidden": given["hidden"] or prunable.hidden})
         left = shapes.to_shape({unit: torch.ones(prunable.shapes[unit]) for unit in settings.units}, shape, prunable)
-        return [Goal("shape", prunable.sparsity(left).item(), prunable.sparsity, shape)]
+        share = prunable.sparsity(left).item()
+        without_heads = prunable.sparsity({**left, "heads": torch.zeros(prunable.shapes["heads"])}).item()
+        return [Goal("shape", share, prunable.sparsity, (without_heads - share) / (1 - share), shape)]
     if table is not None:
-        found = [Goal(f"{speed_up:g}x", 1 - 1 / speed_up, table.saved) for speed_up in settings.speed_up]
+        found = [Goal(f"{speed_up:g}x", 1 - 1 / speed_up, table.saved, settings.head_share) for speed_up in settings.speed_up]
     else:
-        found = [Goal(f"{target:g}", target, prunable.sparsity) for target in settings.target]
+        found = [Goal(f"{target:g}", target, prunable.sparsity, settings.head_share) for target in settings.target]
     most = found[-1].removed({unit: torch.zeros(prunable.shapes[unit]) for unit in settings.units}).item()
     if found[-1].share >= most:
         units = ", ".join(settings.units)

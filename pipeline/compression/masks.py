@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from pipeline.compression.hard_concrete import HardConcrete
 from pipeline.compression.settings import SparsitySettings
-from pipeline.compression.sparsity import Lagrangian, Prunable, Removed
+from pipeline.compression.sparsity import FINE, PENALTY, Lagrangian, Part, Prunable, Removed, parts
 
 INITIAL = {"attention": 4.0, "feedforward": 4.0, "heads": 3.0, "hidden": 4.0, "neurons": 2.0}
 """Where log alpha starts, by unit, from the coarsest to the finest: masks nearly open, yet off the plateau. From the official 10 a mask has further
 to travel than a few hundred steps take it; from 0 (neurons) the student meets masks of a half at once. What takes much of the student with it starts
 higher: of heads a fifth is below 1 in a draw, of layers a twelfth."""
 GATES = ("attention", "feedforward")
-FINE = {"attention": "heads", "feedforward": "neurons"}
-"""A layer is alive where its own mask is above 0, and that of any unit in it."""
 
 
 class Masks(nn.Module):
@@ -41,6 +39,7 @@ class Masks(nn.Module):
         steps: int,
         seed: int,
         removed: Removed | None = None,
+        head_share: float | None = None,
         before: Masks | None = None,
     ) -> None:
         super().__init__()
@@ -57,7 +56,10 @@ class Masks(nn.Module):
         )
         if before:
             self.units.load_state_dict(before.units.state_dict())
-        self.lagrangian = Lagrangian(target, round(settings.warmup_ratio * steps), start=before.target if before else 0.0)
+        self.parts = parts(prunable, self.removed, target, settings.units, head_share)
+        warmup, penalty = round(settings.warmup_ratio * steps), PENALTY * len(self.parts)
+        starts = {name: before.parts[name].target if before else part.dense for name, part in self.parts.items()}
+        self.lagrangians = nn.ModuleDict({name: Lagrangian(part.target, warmup, starts[name], penalty) for name, part in self.parts.items()})
         self._step = 0
 
     @property
@@ -72,7 +74,7 @@ class Masks(nn.Module):
     @property
     def hold(self) -> int:
         """The step from which the target is at its full."""
-        return self.start + self.lagrangian.warmup
+        return self.start + next(iter(self._constraints()))[1].warmup
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Adam without decay or schedule; it descends on the masks and ascends on the multipliers."""
@@ -81,7 +83,7 @@ class Masks(nn.Module):
         groups: list[dict[str, Any]] = [
             {"params": units},
             {"params": gates, "lr": self.settings.gate_lr_ratio * self.settings.mask_lr},
-            {"params": list(self.lagrangian.parameters()), "maximize": True},
+            {"params": list(self.lagrangians.parameters()), "maximize": True},
         ]
         return torch.optim.Adam([group for group in groups if group["params"]], lr=self.settings.mask_lr)
 
@@ -99,9 +101,11 @@ class Masks(nn.Module):
 
     def penalty(self) -> Tensor:
         """The Lagrangian at this step; a constant 0 before pruning begins."""
+        device = next(self.lagrangians.parameters()).device
         if self._step < self.start:
-            return torch.zeros((), device=self.lagrangian.multipliers.device)
-        return self.lagrangian(self.expected_sparsity(), self._step - self.start)
+            return torch.zeros((), device=device)
+        open_ = {unit: mask.openness() for unit, mask in self._each()}
+        return torch.stack([held(self.parts[name].removed(open_), self._step - self.start) for name, held in self._constraints()]).sum()
 
     def after_step(self, step: int) -> dict[str, float]:
         """Clamp log alpha; what to log: also which layers are alive, and how many units in those."""
@@ -110,10 +114,12 @@ class Masks(nn.Module):
         with torch.no_grad():
             masks = self.deterministic()
             values = {"expected_sparsity": self.expected_sparsity(), "realised_sparsity": self.realised_sparsity(masks), **self._counts(masks)}
-            first, second = self.lagrangian.multipliers
-            values |= {"lambda_1": first, "lambda_2": second}
+            for name, held in self._constraints():
+                suffix = f"_{name}" * (len(self.parts) > 1)
+                values |= {f"lambda_1{suffix}": held.multipliers[0], f"lambda_2{suffix}": held.multipliers[1]}
             numbers = torch.stack([value.float() for value in values.values()]).tolist()  # one wait for the device
-        return {**dict(zip(values, numbers, strict=True)), "target_sparsity": self.lagrangian.target_at(step - self.start)}
+        kept = sum(1 - held.target_at(step - self.start) for _, held in self._constraints())
+        return {**dict(zip(values, numbers, strict=True)), "target_sparsity": round(1 - kept, 9)}
 
     def expected_sparsity(self) -> Tensor:
         """What the constraint holds: of `HardConcrete.openness`, with which masks at their limits count as the zeros and ones they become."""
@@ -136,20 +142,23 @@ class Masks(nn.Module):
         rounded: what becomes of masks before they are used.
         """
 
-        def realised(shifts: Mapping[str, float]) -> float:
-            return self.realised_sparsity(rounded(self.deterministic(shifts))).item()
+        def realised(shifts: Mapping[str, float], removed: Removed) -> float:
+            masks = rounded(self.deterministic(shifts))
+            return removed({unit: (mask > 0).float() for unit, mask in masks.items()}).item()
 
         units = [unit for unit, _ in self._each()]
         shifts = dict.fromkeys(units, 0.0)
+        whole = Part(self.removed, 0.0, self.target)
         for shifted in (units, *([unit] for unit in units if unit not in GATES)):
+            part = self.parts.get("heads", whole) if shifted == ["heads"] else whole
             low, high = -20.0, 20.0
-            candidates = [(abs(realised(shifts) - self.target), shifts)]
+            candidates = [(abs(realised(shifts, part.removed) - part.target), shifts)]
             for _ in range(40):
                 middle = (low + high) / 2
                 trial = {unit: shifts[unit] + (middle if unit in shifted else 0.0) for unit in units}
-                sparsity = realised(trial)
-                candidates.append((abs(sparsity - self.target), trial))
-                low, high = (middle, high) if sparsity > self.target else (low, middle)
+                sparsity = realised(trial, part.removed)
+                candidates.append((abs(sparsity - part.target), trial))
+                low, high = (middle, high) if sparsity > part.target else (low, middle)
             shifts = min(candidates, key=lambda candidate: candidate[0])[1]
         return rounded(self.deterministic(shifts)), shifts
 
@@ -161,6 +170,9 @@ class Masks(nn.Module):
             if fine in masks:
                 counts[f"{fine}_alive"] = ((masks[fine] > 0) & layers[layer][:, None]).sum()
         return counts | ({"hidden_alive": (masks["hidden"] > 0).sum()} if "hidden" in masks else {})
+
+    def _constraints(self) -> list[tuple[str, Lagrangian]]:
+        return list(self.lagrangians.items())  # type: ignore[arg-type]
 
     def _each(self) -> list[tuple[str, HardConcrete]]:
         return list(self.units.items())  # type: ignore[arg-type] # in the order of INITIAL

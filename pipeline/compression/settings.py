@@ -81,7 +81,6 @@ class OneShotSettings(Settings):
     """Method one-shot: units are ranked once, by what the loss of the labels loses without them."""
 
     examples: int = setting(2048, "Training examples that importance is measured on.", unit="examples", ge=1)
-    head_share: float = setting(0.5, "Of what is kept, the heads' share.", ge=0, le=1)
 
 
 class SparsitySettings(Settings):
@@ -97,6 +96,13 @@ class SparsitySettings(Settings):
     timing: TimingSettings = setting(TimingSettings(), "The batch whose time counts in speed_up.")
     shape: ShapeSettings | None = setting(None, "In place of target: a shape that every layer has.")
     units: tuple[Unit, ...] = setting(("heads", "neurons"), "What the masks stand for.", min_length=1)
+    head_share: float | None = setting(
+        0.5,
+        "Of what is kept, attention's share, the rest being feed-forward's: units compete with their like. null: whatever the masks come to, as in"
+        " the paper, where all heads may go before any of them is missed.",
+        ge=0,
+        le=1,
+    )
     prepruning_ratio: float = setting(0.05, "Share of the steps that only distil, before any mask moves.", ge=0, lt=1)
     warmup_ratio: float = setting(0.4, "Share of the steps over which the target rises from 0.", ge=0, lt=1)
     evaluate_every: float = setting(

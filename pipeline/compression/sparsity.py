@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models.modeling_trimline import TrimlineConfig
+
+FINE = {"attention": "heads", "feedforward": "neurons"}
+"""By kind of layer the units in it."""
 
 Removed = Callable[[Mapping[str, Tensor]], Tensor]
 """The share that is gone where units are kept with these probabilities: `Prunable.sparsity` of parameters, `latency.Table.saved` of time."""
@@ -87,6 +90,39 @@ class Prunable:
         return (keep[fine] * keep[layer][:, None]).sum() if layer in keep else keep[fine].sum()
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one constraint holds: the share `removed` of the encoder, were this part all there is of it.
+
+    It is `dense` where the part is whole, and is to be `target`.
+    """
+
+    removed: Removed
+    dense: float
+    target: float
+
+
+def parts(prunable: Prunable, removed: Removed, target: float, units: Collection[str], head_share: float | None) -> dict[str, Part]:
+    """What is held, by name: `all` to the target, as in the paper; or, with a head_share, `heads` and `neurons`, each with its layers, apart.
+
+    head_share: of the 1 - target that is kept, attention's. It gets no more than it has, nor do neurons. Without masks on both units, all is one.
+    """
+    if head_share is None or not {"heads", "neurons"} <= set(units):
+        return {"all": Part(removed, 0.0, target)}
+
+    def without(unit: str) -> Removed:
+        def gone(keep: Mapping[str, Tensor]) -> Tensor:
+            return removed({**keep, unit: torch.zeros(prunable.shapes[unit], device=next(iter(keep.values())).device)})
+
+        return gone
+
+    alone = {"heads": without("neurons"), "neurons": without("heads")}
+    dense = {unit: gone({unit: torch.ones(prunable.shapes[unit])}).item() for unit, gone in alone.items()}
+    heads = min(max(head_share * (1 - target), dense["neurons"] - target), 1 - dense["heads"])
+    kept = {"heads": heads, "neurons": 1 - target - heads}
+    return {unit: Part(gone, dense[unit], 1 - kept[unit]) for unit, gone in alone.items()}
+
+
 PENALTY = 300.0
 """The start of lambda_2. The official 0 lets the target run ahead for hundreds of steps; the multipliers then wind up and overshoot it. A stiff term
 leaves lambda_1 little to do: in simulated prunings of 400 steps to 95 % the masks end within 3 points of the target, 100 leaves them 10 short."""
@@ -98,10 +134,10 @@ class Lagrangian(nn.Module):
     The target t rises linearly from `start` to `target` over `warmup` steps of pruning.
     """
 
-    def __init__(self, target: float, warmup: int, start: float = 0.0) -> None:
+    def __init__(self, target: float, warmup: int, start: float = 0.0, penalty: float = PENALTY) -> None:
         super().__init__()
         self.target, self.warmup, self.start = target, warmup, start
-        self.multipliers = nn.Parameter(torch.tensor([0.0, PENALTY]))
+        self.multipliers = nn.Parameter(torch.tensor([0.0, penalty]))
 
     def target_at(self, step: int) -> float:
         """t, `step` steps after pruning began."""

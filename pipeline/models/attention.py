@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from .positions import SCHEMES, rotate
 
+MOST = 0.9
+"""Share of open units from which a layer computes them all: picking them out has its price."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -37,6 +40,28 @@ class Packing:
     def unpack(self, x: Tensor) -> Tensor:
         """[T, d] -> [B, L, d], zeros at padding."""
         return x.new_zeros(math.prod(self.shape), x.shape[1]).index_copy(0, self.places, x).unflatten(0, self.shape)
+
+
+def linear(layer: nn.Linear, x: Tensor, *, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Tensor:
+    """layer(x), or of its outputs those of these numbers alone, or from those inputs alone, which x then is; the rest costs nothing."""
+    if outputs is not None:
+        return F.linear(x, layer.weight.index_select(0, outputs), layer.bias.index_select(0, outputs))
+    if inputs is not None:
+        return F.linear(x, layer.weight.index_select(1, inputs), layer.bias)
+    return layer(x)
+
+
+def open_units(mask: Tensor | None) -> Tensor | None:
+    """Of a mask [units], the numbers of those that are not 0, or 0 where there are none; None where most are open, or rows differ.
+
+    The others need not be computed: they add nothing, and of a hard-concrete mask that is clipped at 0 neither unit nor mask gets a gradient.
+    """
+    if mask is None or mask.dim() > 1:
+        return None
+    found = mask.detach().nonzero()[:, 0]
+    if len(found) >= MOST * len(mask):
+        return None
+    return found if len(found) else found.new_zeros(1)
 
 
 class Attention(nn.Module):
@@ -63,17 +88,23 @@ class Attention(nn.Module):
 
         Returns the shape of x.
         """
-        projected = [project(x) if packing is None else packing.unpack(project(x)) for project in (self.query, self.key, self.value)]
+        opened, rows = open_units(head_mask), None
+        if opened is not None:
+            assert head_mask is not None
+            head_mask, rows = head_mask[opened], (opened[:, None] * self.head_dim + torch.arange(self.head_dim, device=x.device)).flatten()
+        made = (linear(project, x, outputs=rows) for project in (self.query, self.key, self.value))
+        projected = [side if packing is None else packing.unpack(side) for side in made]
         query, key, value = (side.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for side in projected)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if mask is not None and bias is not None:
-            mask, bias = (side if side.shape[1] == len(self.kept) else side[:, self.kept] for side in (mask.to(query.dtype), bias))
+            kept = self.kept if opened is None else [self.kept[head] for head in opened.tolist()]
+            mask, bias = (side if side.shape[1] == len(kept) else side[:, kept] for side in (mask.to(query.dtype), bias))
         context = attend(query, key, value, mask, bias, self.dropout if self.training else 0.0, self.causal and mask is None, self.scale)
         if head_mask is not None:
             context = (context * head_mask[..., None, None]).to(x.dtype)
         context = context.transpose(1, 2).flatten(2)
-        return self.output(context if packing is None else packing.pack(context))
+        return linear(self.output, context if packing is None else packing.pack(context), inputs=rows)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float, causal: bool, scale: float) -> Tensor:

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .adaptive import AdaptiveEmbedding, AdaptiveHead
-from .attention import Attention, Packing
+from .attention import Attention, Packing, linear, open_units
 from .positions import SCHEMES, Positions, full_width, positions_within
 
 Masks = dict[str, Tensor]
@@ -171,10 +171,11 @@ class FeedForward(nn.Module):
         self.dropout = config.activation_dropout
 
     def forward(self, x: Tensor, neuron_mask: Tensor | None) -> Tensor:
-        neurons = self.activation(self.up(x))
+        opened = open_units(neuron_mask)
+        neurons = self.activation(linear(self.up, x, outputs=opened))
         if neuron_mask is not None:
-            neurons = (neurons * neuron_mask).to(x.dtype)
-        return self.down(F.dropout(neurons, self.dropout, self.training))
+            neurons = (neurons * (neuron_mask if opened is None else neuron_mask[opened])).to(x.dtype)
+        return linear(self.down, F.dropout(neurons, self.dropout, self.training), inputs=opened)
 
 
 class Norm(nn.LayerNorm):
@@ -188,6 +189,11 @@ class Norm(nn.LayerNorm):
         centred = (x.float() - (x.float() * kept).sum(-1, keepdim=True) / count) * kept
         scale = torch.rsqrt(centred.square().sum(-1, keepdim=True) / count + self.eps)
         return ((centred * scale * self.weight + self.bias) * hidden).to(x.dtype)
+
+
+def _shut(units: Tensor | None, layer: Tensor | None) -> Tensor | None:
+    """The units' masks, 0 where their layer's own is: what does not act need not be computed."""
+    return units if units is None or layer is None or layer.dim() else units * (layer != 0)
 
 
 class LayerMasks(NamedTuple):
@@ -360,7 +366,7 @@ class TrimlineModel(TrimlinePreTrainedModel):
         widths = {"heads": self.config.heads_per_layer[layer], "neurons": self.config.ffn_per_layer[layer]}
         heads, neurons = (masks[unit][layer, ..., :width] if unit in masks and width else None for unit, width in widths.items())
         attention, feedforward = (masks[unit][layer] if unit in masks else None for unit in ("attention", "feedforward"))
-        return LayerMasks(heads, neurons, attention, feedforward, masks.get("hidden"))
+        return LayerMasks(_shut(heads, attention), _shut(neurons, feedforward), attention, feedforward, masks.get("hidden"))
 
     def _allowed(self, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
         """Boolean [B, 1, 1 or L, L], true where a query may look at a key; None where there is nothing to hide but a decoder's future."""

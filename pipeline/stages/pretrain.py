@@ -71,7 +71,7 @@ def run(work: Work) -> dict[str, Any]:
         (goal,) = goals.goals(settings.sparsity, prunable)
         if "hidden" in settings.sparsity.units:
             surgery.check_dimensions(model.config)
-        masks = Masks(prunable, settings.sparsity, target=goal.share, removed=goal.removed, steps=settings.steps, seed=recipe.seed)
+        masks = Masks(prunable, settings.sparsity, target=goal.share, steps=settings.steps, seed=recipe.seed, head_share=goal.head_share)
         objective = Upstream(objective, masks)
     if rare is not None:
         assert settings.notes is not None

@@ -95,7 +95,10 @@ class _Pruning:
         settings, scratch = self.settings, self._scratch(goal)
         batches = self.batches(settings)
         steps = math.ceil(settings.epochs * batches.steps_per_epoch)
-        masks = Masks(self.prunable, settings.sparsity, target=goal.share, removed=goal.removed, steps=steps, seed=self.seed, before=before)
+        masks = Masks(
+            self.prunable, settings.sparsity, target=goal.share, steps=steps, seed=self.seed, removed=goal.removed, head_share=goal.head_share,
+            before=before,
+        )  # fmt: skip
         best = _Best(self, goal, masks, steps, max(1, round(settings.sparsity.evaluate_every * batches.steps_per_epoch)))
         student = self._load(self.finetuned if before is None else self._scratch(self.goals[self.goals.index(goal) - 1]) / MASKED)
         summary = self._distil(student, batches, settings, goal, MASKING, masks=masks, watch=best)
@@ -132,11 +135,12 @@ class _Pruning:
         found = one_shot.importance(model, rows, partial(label_losses, model), units=settings.sparsity.units)
         if goal.shape is not None:
             return shapes.to_shape(found, goal.shape, self.prunable)
+        assert goal.head_share is not None  # the recipe was checked
         return one_shot.choose(
             found,
             goal.removed,
             goal.share,
-            head_share=settings.one_shot.head_share,
+            head_share=goal.head_share,
             multiple=settings.multiple_of,
             head_dim=self.dense.config.head_dim,
         )

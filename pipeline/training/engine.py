@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.models.attention import Attention
+from pipeline.models.modeling_trimline import FeedForward
 from pipeline.training.nesterov import Nesterov
 from pipeline.training.settings import TrainSettings
 
@@ -82,6 +84,8 @@ def build(trainee: nn.Module, config: dict[str, Any], settings: TrainSettings) -
     else:
         fused = "offload_optimizer" not in config.get("zero_optimization", {})  # on CPUs too, where it is six times as fast
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+    if config.get("zero_optimization", {}).get("stage") == 3:  # they use their layers' weights themselves, those of open units
+        deepspeed.utils.set_z3_leaf_modules(trainee, [Attention, FeedForward], raise_if_not_found=False)
     with quiet():
         engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

@@ -103,10 +103,10 @@ def test_masks_enter_the_student_and_learn_from_both_losses(encoder):
     (losses["distill"]).backward()
     from_task = masks.units["neurons"].log_alpha.grad.clone()
     assert from_task.abs().sum() > 0
-    assert masks.lagrangian.multipliers.grad is None
+    assert masks.lagrangians["all"].multipliers.grad is None
     losses["sparsity"].backward()
     assert (masks.units["neurons"].log_alpha.grad != from_task).any()
-    assert masks.lagrangian.multipliers.grad is not None
+    assert masks.lagrangians["all"].multipliers.grad is not None
 
 
 def test_micro_batches_add_up_to_the_whole_batch(encoder):

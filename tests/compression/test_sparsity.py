@@ -10,10 +10,10 @@ import torch
 from pipeline.compression import goals
 from pipeline.compression.goals import Goal
 from pipeline.compression.hard_concrete import HardConcrete
-from pipeline.compression.masks import FINE, GATES, Masks, alive
+from pipeline.compression.masks import GATES, Masks, alive
 from pipeline.compression.settings import SparsitySettings
 from pipeline.compression.shapes import round_up
-from pipeline.compression.sparsity import PENALTY, Lagrangian, Prunable
+from pipeline.compression.sparsity import FINE, PENALTY, Lagrangian, Prunable, parts
 
 MODULE = np.load(Path(__file__).parent / "mask_module.npz")
 
@@ -32,6 +32,7 @@ def test_sizes_are_the_published_ones(shape, head, neuron, total):
 
 
 UNITS = ("attention", "feedforward", "heads", "hidden", "neurons")
+LAYERS = ("attention", "feedforward", "heads", "neurons")
 ORIGINAL = Prunable(layers=3, hidden=8, heads=2, ffn=32)
 
 
@@ -90,23 +91,48 @@ def test_a_unit_without_masks_counts_as_kept():
     assert prunable.sparsity({"heads": torch.zeros(2, 2)}).item() == pytest.approx(4 * prunable.head / prunable.total)
 
 
+MINILM = Prunable(layers=6, hidden=384, heads=12, ffn=1536)
+
+
+@pytest.mark.parametrize("target", [0.1, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("head_share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_parts_keep_together_what_the_target_keeps_and_none_more_than_it_has(target, head_share):
+    held = parts(MINILM, MINILM.sparsity, target, LAYERS, head_share)
+    kept, whole = ({unit: 1 - getattr(part, share) for unit, part in held.items()} for share in ("target", "dense"))
+    assert sum(whole.values()) == pytest.approx(1, abs=1e-3)  # the official neuron is rounded down
+    assert whole["heads"] == pytest.approx(72 * MINILM.head / MINILM.total)
+    assert sum(kept.values()) == pytest.approx(1 - target)
+    assert all(kept[unit] <= whole[unit] + 1e-6 for unit in kept)
+    if all(share * (1 - target) <= whole[unit] for unit, share in {"heads": head_share, "neurons": 1 - head_share}.items()):
+        assert kept["heads"] == pytest.approx(head_share * (1 - target), abs=1e-6)
+    drawn = {unit: torch.rand(MINILM.shapes[unit]) for unit in LAYERS}
+    assert sum(1 - part.removed(drawn).item() for part in held.values()) == pytest.approx(1 - MINILM.sparsity(drawn).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("units", "head_share"), [(LAYERS, None), (("heads",), 0.5), (("neurons", "attention", "hidden"), 0.5)])
+def test_all_is_one_part_without_a_share_and_without_masks_on_heads_and_neurons(units, head_share):
+    (part,) = parts(MINILM, MINILM.sparsity, 0.6, units, head_share).values()
+    assert (part.removed, part.dense, part.target) == (MINILM.sparsity, 0, 0.6)
+
+
 def test_a_second_target_rises_from_the_first():
     constraint = Lagrangian(0.8, warmup=10, start=0.6)
     assert [constraint.target_at(step) for step in (-1, 0, 5, 10, 50)] == pytest.approx([0.6, 0.6, 0.7, 0.8, 0.8])
     assert Lagrangian(0.8, warmup=0, start=0.6).target_at(0) == 0.8
 
 
-def simulate(target, steps, units=("heads", "neurons"), pull=1.0, **settings):
+def simulate(target, steps, units=("heads", "neurons"), pull=1.0, head_share=None, **settings):
     """A pruning of a network whose loss is quadratic in what its masks take away; some units matter a hundred times more.
 
-    pull: of what a kind of unit matters for, in all.
+    pull: of what a kind of unit matters for, in all; or by kind.
     """
     prunable = Prunable(layers=4, hidden=64, heads=4, ffn=256)
-    masks = Masks(prunable, SparsitySettings(units=units, **settings), target=target, steps=steps, seed=3)
+    masks = Masks(prunable, SparsitySettings(units=units, **settings), target=target, steps=steps, seed=3, head_share=head_share)
     optimizer = masks.optimizer()
     generator = torch.Generator().manual_seed(0)
     fine = {unit: prunable.shapes[unit] for unit in ("heads", "neurons", "hidden")}
-    weight = {unit: pull / math.prod(shape) * 10 ** (2 * torch.rand(shape, generator=generator) - 1) for unit, shape in fine.items()}
+    pulls = pull if isinstance(pull, dict) else dict.fromkeys(fine, pull)
+    weight = {unit: pulls.get(unit, 0.0) / math.prod(shape) * 10 ** (2 * torch.rand(shape, generator=generator) - 1) for unit, shape in fine.items()}
     logged = []
     for step in range(steps):
         masks.before_step(step)
@@ -123,14 +149,12 @@ def simulate(target, steps, units=("heads", "neurons"), pull=1.0, **settings):
     return masks, weight, logged
 
 
-LAYERS = ("attention", "feedforward", "heads", "neurons")
-
-
 @pytest.mark.parametrize("units", [("heads", "neurons"), LAYERS, UNITS], ids=len)
 @pytest.mark.parametrize("target", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("pull", [0.1, 1.0])
-def test_the_constraint_takes_the_masks_to_the_target_in_300_steps(target, pull, units):
-    _, _, logged = simulate(target, 300, units, pull=pull)
+@pytest.mark.parametrize("head_share", [None, 0.5])
+def test_the_constraint_takes_the_masks_to_the_target_in_300_steps(target, pull, units, head_share):
+    _, _, logged = simulate(target, 300, units, pull=pull, head_share=head_share)
     assert logged[-1]["target_sparsity"] == target
     assert logged[-1]["expected_sparsity"] == pytest.approx(target, abs=0.06)
     assert max(values["expected_sparsity"] for values in logged) < target + 0.1  # it does not overshoot on the way
@@ -138,9 +162,10 @@ def test_the_constraint_takes_the_masks_to_the_target_in_300_steps(target, pull,
 
 @pytest.mark.parametrize("units", [("heads", "neurons"), LAYERS, UNITS], ids=len)
 @pytest.mark.parametrize("pull", [0.1, 1.0])
-def test_at_95_percent_the_target_is_held_and_layers_of_both_kinds_are_left(pull, units):
+@pytest.mark.parametrize("head_share", [None, 0.5])
+def test_at_95_percent_the_target_is_held_and_layers_of_both_kinds_are_left(pull, units, head_share):
     """The official expected sparsity of masks at their limits is .953 without gates, so that there it asks for every single mask's end."""
-    masks, _, logged = simulate(0.95, 600, units, pull=pull)
+    masks, _, logged = simulate(0.95, 600, units, pull=pull, head_share=head_share)
     hold = [values["expected_sparsity"] for values in logged[-60:]]
     assert max(hold) - min(hold) < 0.03
     assert hold[-1] == pytest.approx(0.95, abs=0.04)
@@ -159,6 +184,19 @@ def test_settling_lands_on_the_target(units):
     for unit in units:  # kept values stay as trained
         both = (settled[unit] > 0) & (unsettled[unit] > 0)
         assert torch.equal(settled[unit][both], unsettled[unit][both])
+
+
+def test_heads_that_none_misses_go_altogether_unless_attention_has_a_share_of_its_own():
+    """In the simulated network neurons matter and heads do not, as each of many heads alike seems not to while others are there."""
+    left = {}
+    for head_share in (None, 0.5):
+        masks, _, logged = simulate(0.9, 400, ("heads", "neurons"), head_share=head_share, pull={"heads": 0.001, "neurons": 1.0})
+        settled, _ = masks.settle()
+        assert masks.realised_sparsity(settled).item() == pytest.approx(0.9, abs=0.003)
+        left[head_share] = int((settled["heads"] > 0).sum())
+        assert {name for name in logged[-1] if "lambda_1" in name} == ({"lambda_1"} if head_share is None else {"lambda_1_heads", "lambda_1_neurons"})
+    assert left[None] == 0
+    assert left[0.5] == round(0.5 * 0.1 * masks.prunable.total / masks.prunable.head)
 
 
 def test_settling_masks_that_missed_the_target_takes_of_every_unit():
@@ -198,7 +236,7 @@ def test_masks_of_a_second_target_start_where_those_of_the_first_ended():
     assert second.sample() is not None  # no step leaves the student whole
     assert second.expected_sparsity().item() == first.expected_sparsity().item()
     assert second.after_step(0)["target_sparsity"] == 0.5
-    assert second.lagrangian.multipliers.tolist() == [0, PENALTY]
+    assert second.lagrangians["all"].multipliers.tolist() == [0, PENALTY]
 
 
 def test_what_matters_more_is_kept():
@@ -234,10 +272,10 @@ def test_a_step_draws_the_same_for_every_micro_batch_and_rank_and_other_steps_di
 def test_the_multipliers_climb_and_the_masks_descend():
     masks = Masks(Prunable(2, 16, 2, 32), SparsitySettings(prepruning_ratio=0, warmup_ratio=0), target=0.5, steps=10, seed=1)
     optimizer, before = masks.optimizer(), masks.expected_sparsity().item()
-    start = masks.lagrangian.multipliers.detach().clone()
+    start = masks.lagrangians["all"].multipliers.detach().clone()
     masks.before_step(0)
     masks.penalty().backward()
     optimizer.step()
-    assert masks.lagrangian.multipliers[0] < start[0]  # below the target: its price falls below 0
-    assert masks.lagrangian.multipliers[1] > start[1]
+    assert masks.lagrangians["all"].multipliers[0] < start[0]  # below the target: its price falls below 0
+    assert masks.lagrangians["all"].multipliers[1] > start[1]
     assert masks.expected_sparsity().item() > before

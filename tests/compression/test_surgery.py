@@ -1,11 +1,12 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
 
 from pipeline.compression.sparsity import Prunable
 from pipeline.compression.surgery import compact, forget_width, remove
 from pipeline.errors import UserError
-from pipeline.models import export
+from pipeline.models import attention, export
 from pipeline.models.modeling_trimline import (
     TrimlineForCausalLM,
     TrimlineForMaskedLM,
@@ -205,3 +206,25 @@ def test_a_layer_whose_heads_are_all_dead_is_dead_though_its_own_mask_is_not(enc
 def test_dimensions_of_a_sinusoidal_model_stay(encoder):
     with pytest.raises(UserError, match="sinusoidal positions are a function of the width; leave `hidden` out"):
         remove(encoder(positions="sinusoidal"), {"hidden": torch.ones(32)})
+
+
+@pytest.mark.parametrize(("kind", "norm", "positions"), MODELS[:: len(MODELS) // 12], ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("unpadded", [False, True])
+def test_closed_units_are_not_computed_and_outputs_and_gradients_are_those_of_computing_them(encoder, monkeypatch, kind, norm, positions, unpadded):
+    inputs, found, operations = batch(), [], []
+    for most in (attention.MOST, 0.0):
+        monkeypatch.setattr(attention, "MOST", most)
+        model = encoder(norm, positions=positions, kind=kind)
+        model.config.unpadded = unpadded and kind is not TrimlineForCausalLM
+        masks = masks_of_every_unit(model, 1, ("heads", "neurons", "attention", "feedforward"))
+        masks["heads"][0], masks["neurons"][2], masks["feedforward"][1] = 0, 0, 0
+        learned = {unit: mask.requires_grad_() for unit, mask in masks.items()}
+        with FlopCounterMode(display=False) as counter:
+            output = model(**inputs, masks={unit: mask * (mask != 0) for unit, mask in learned.items()})  # clipped at 0, as what is drawn
+            logits = output["start_logits"] if "start_logits" in output else output["logits"]
+            (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        operations.append(counter.get_total_flops())
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        found.append([logits.detach(), gradients, {unit: mask.grad for unit, mask in learned.items()}])
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+    assert operations[0] < 0.8 * operations[1]

@@ -80,5 +80,5 @@ def test_in_bf16_the_masks_stay_in_fp32_and_go_where_they_go_in_fp32(kind, place
         [json.loads(line)["side"] for line in (place / f"{kind}-{name}" / "logs" / "0.6" / "masking" / "metrics.jsonl").read_text().splitlines()]
         for name in ("bf16", "alone")
     ]
-    for name in ("expected_sparsity", "lambda_1", "lambda_2"):
+    for name in ("expected_sparsity", "lambda_1_heads", "lambda_2_neurons"):
         assert [row[name] for row in sides[0]] == pytest.approx([row[name] for row in sides[1]], rel=0.05, abs=0.02)

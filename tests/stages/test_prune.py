@@ -82,7 +82,8 @@ def test_the_constraint_can_be_watched(pruned):
     side = lines[-1]["side"]
     alive = {f"{unit}_alive" for unit in ("heads", "neurons", "attention", "feedforward")}
     alive |= {f"{sublayer}_alive_{layer}" for sublayer in ("attention", "feedforward") for layer in (1, 2)}
-    assert {"expected_sparsity", "realised_sparsity", "target_sparsity", "lambda_1", "lambda_2", *alive} == set(side)
+    multipliers = {f"lambda_{number}_{part}" for number in (1, 2) for part in ("heads", "neurons")}
+    assert {"expected_sparsity", "realised_sparsity", "target_sparsity", *multipliers, *alive} == set(side)
     assert side["target_sparsity"] == 0.6
     assert {"distill", "layers", "hard", "sparsity", "matched_1", "matched_2"} == set(lines[-1]["losses"])
     assert (work.logs / "0.6" / "recovery" / "metrics.jsonl").is_file()
