@@ -24,7 +24,7 @@ class Masks(nn.Module):
     """Hard-concrete masks of the chosen units of a student, and the Lagrange multipliers.
 
     steps: of the whole optimisation; the first `prepruning_ratio` of them leave the student whole. target: the share to remove, as `removed`
-    measures it, of the parameters (`Prunable.sparsity`) where None.
+    measures it, of the parameters (`Prunable.sparsity`) where None. head_share: of what is kept, attention's; see `sparsity.parts`.
     before: masks of a lower target, where the student they were trained with is pruned further. They are where these start, the target rises from
     theirs, and no steps leave the student whole.
     All ranks hold the same: the start and every draw are functions of (seed, step).
@@ -138,7 +138,7 @@ class Masks(nn.Module):
 
         The expected sparsity ends near the target, not on it, and the evaluation rule leaves of every unit a few, whatever its masks. So zeros are
         counted at log alpha plus one number for all units, then plus one more for each unit, from the coarsest to the finest, each found by
-        bisection. Which units of a layer go first, and the values of those kept, stay as trained.
+        bisection: of heads for their own target, where they have one. Which units of a layer go first, and the values of those kept, stay as trained.
         rounded: what becomes of masks before they are used.
         """
 

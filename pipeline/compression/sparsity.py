@@ -131,7 +131,8 @@ leaves lambda_1 little to do: in simulated prunings of 400 steps to 95 % the mas
 class Lagrangian(nn.Module):
     """lambda_1 (s - t) + lambda_2 (s - t)^2, minimised over the masks and maximised over the multipliers.
 
-    The target t rises linearly from `start` to `target` over `warmup` steps of pruning.
+    The target t rises linearly from `start` to `target` over `warmup` steps of pruning. penalty: where lambda_2 starts; several constraints need it
+    as many times as high, since each is but a part as far from its target.
     """
 
     def __init__(self, target: float, warmup: int, start: float = 0.0, penalty: float = PENALTY) -> None:

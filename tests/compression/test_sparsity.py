@@ -115,6 +115,13 @@ def test_all_is_one_part_without_a_share_and_without_masks_on_heads_and_neurons(
     assert (part.removed, part.dense, part.target) == (MINILM.sparsity, 0, 0.6)
 
 
+def test_a_shape_says_what_attention_keeps():
+    (goal,) = goals.goals(SparsitySettings(shape={"layers": 2, "heads": 3, "ffn": 152}), MINILM)
+    attention, feedforward = 2 * 3 * MINILM.head, 2 * 152 * MINILM.neuron
+    assert goal.head_share == pytest.approx(attention / (attention + feedforward), abs=1e-3)
+    assert parts(MINILM, goal.removed, goal.share, LAYERS, goal.head_share)["heads"].target == pytest.approx(1 - attention / MINILM.total, abs=1e-4)
+
+
 def test_a_second_target_rises_from_the_first():
     constraint = Lagrangian(0.8, warmup=10, start=0.6)
     assert [constraint.target_at(step) for step in (-1, 0, 5, 10, 50)] == pytest.approx([0.6, 0.6, 0.7, 0.8, 0.8])
