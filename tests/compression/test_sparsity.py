@@ -116,7 +116,7 @@ def test_all_is_one_part_without_a_share_and_without_masks_on_heads_and_neurons(
 
 
 def test_a_shape_says_what_attention_keeps():
-    (goal,) = goals.goals(SparsitySettings(shape={"layers": 2, "heads": 3, "ffn": 152}), MINILM)
+    (goal,) = goals.goals(SparsitySettings(units=LAYERS, shape={"layers": 2, "heads": 3, "ffn": 152}), MINILM)
     attention, feedforward = 2 * 3 * MINILM.head, 2 * 152 * MINILM.neuron
     assert goal.head_share == pytest.approx(attention / (attention + feedforward), abs=1e-3)
     assert parts(MINILM, goal.removed, goal.share, LAYERS, goal.head_share)["heads"].target == pytest.approx(1 - attention / MINILM.total, abs=1e-4)
