@@ -152,7 +152,7 @@ class Recipe(Settings):
             raise ValueError("prune.method student makes a smaller model of the same width; say how small by sparsity.shape: {layers, heads, ffn}")
         if prune.method == "one-shot" and not {"heads", "neurons"} <= set(sparsity.units):
             raise ValueError(f"prune.method one-shot ranks heads and neurons; sparsity.units are {', '.join(sparsity.units)}: add them")
-        if prune.method == "one-shot" and sparsity.head_share is None:
+        if prune.method == "one-shot" and sparsity.head_share is None and not sparsity.shape:
             raise ValueError("prune.method one-shot ranks heads and neurons apart; sparsity.head_share is null: give it a number, such as 0.5")
         if prune.method == "one-shot" and "hidden" in sparsity.units and not sparsity.shape:
             raise ValueError(

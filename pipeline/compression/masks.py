@@ -58,6 +58,8 @@ class Masks(nn.Module):
             self.units.load_state_dict(before.units.state_dict())
         self.parts = parts(prunable, self.removed, target, settings.units, head_share)
         warmup, penalty = round(settings.warmup_ratio * steps), PENALTY * len(self.parts)
+        self.hold = self.start + warmup
+        """The step from which the target is at its full."""
         starts = {name: before.parts[name].target if before else part.dense for name, part in self.parts.items()}
         self.lagrangians = nn.ModuleDict({name: Lagrangian(part.target, warmup, starts[name], penalty) for name, part in self.parts.items()})
         self._step = 0
@@ -70,11 +72,6 @@ class Masks(nn.Module):
     def soft(self) -> dict[str, Tensor]:
         """By unit the values of masks that are kept, whichever these are."""
         return {unit: mask.soft() for unit, mask in self._each()}
-
-    @property
-    def hold(self) -> int:
-        """The step from which the target is at its full."""
-        return self.start + next(iter(self._constraints()))[1].warmup
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Adam without decay or schedule; it descends on the masks and ascends on the multipliers."""
@@ -101,9 +98,8 @@ class Masks(nn.Module):
 
     def penalty(self) -> Tensor:
         """The Lagrangian at this step; a constant 0 before pruning begins."""
-        device = next(self.lagrangians.parameters()).device
         if self._step < self.start:
-            return torch.zeros((), device=device)
+            return torch.zeros((), device=next(self.lagrangians.parameters()).device)
         open_ = {unit: mask.openness() for unit, mask in self._each()}
         return torch.stack([held(self.parts[name].removed(open_), self._step - self.start) for name, held in self._constraints()]).sum()
 

@@ -108,21 +108,18 @@ def stop_at_once() -> None:
 def leaving() -> Iterator[None]:
     """Around all that a rank does: where it met the others through gloo, the process ends with the block, without the interpreter's own end.
 
-    There a thread of gloo that still lets go of the last collective's tensor aborts a rank whose work is done, about once
-    in a hundred times (pytorch/pytorch#190489); destroying the process group does not end those threads.
+    There a thread of gloo that still lets go of the last collective's tensor aborts a rank whose work is done, now and
+    then (pytorch/pytorch#190489); destroying the process group does not end those threads.
     """
     code: object = None
     try:
         yield
-    except SystemExit as asked:
+    except BaseException as error:
         if not _gloo():
             raise
-        code = asked.code
-    except BaseException:
-        if not _gloo():
-            raise
-        sys.excepthook(*sys.exc_info())
-        code = 1
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            sys.excepthook(*sys.exc_info())
     if _gloo():
         if not isinstance(code, int | None):
             print(code, file=sys.stderr)
