@@ -12,10 +12,10 @@ one-shot  heads and neurons by first-order importance, each target by itself
 student   two or three whole layers of the teacher with fewer heads and neurons, as many parameters as the target leaves
 
 Each distils from the teacher (outputs and layers) and recovers after the removal: cofi for --recovery-steps; one-shot and student for as long as
-cofi's masking up to that target and its recovery took together; one-shot-short for --recovery-steps only. A thread an arm; core-minutes are the time
-in training steps, without the scoring in between. Kept: the share of the teacher's score. Speed-ups are of the layers, rows of 128 tokens without
-padding, models in turn, the first seed's; parameters those of the blocks, and of the whole model. Scores are of the development split; MRPC and RTE
-have none, a tenth of train is held out by seed.
+cofi's masking up to that target and its recovery took together, or for --baseline-steps; one-shot-short for --recovery-steps only. A thread an arm;
+core-minutes are the time in training steps, without the scoring in between. Kept: the share of the teacher's score. Speed-ups are of the layers,
+rows of 128 tokens without padding, 1 and 128 of them, models in turn, the first seed's, as they are and compiled; parameters those of the blocks,
+and of the whole model. Scores are of the development split; MRPC and RTE have none, a tenth of train is held out by seed.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ from pipeline.models.stopwatch import device_name, milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("cofi", "one-shot", "student", "one-shot-short")
+SPEEDS = {"1": (1, False), "128": (128, False), "1, compiled": (1, True), "128, compiled": (128, True)}
+"""Of rows of 128 tokens, so many at a time; by torch.compile, the teacher's too, or as they are."""
 STAGES = ("removed", "recovered")
 
 
@@ -103,10 +105,16 @@ class Run:
             return [("cofi", {"method": "cofi", "sparsity": self._masks(targets, ["heads", "neurons", *layers])})]
         if method == "one-shot-short":
             return [(method, {"method": "one-shot", "sparsity": {"target": targets}})]
-        as_long = {target: {"recovery": {"epochs": 10_000, "time_budget": self.minutes("cofi", target)}} for target in targets}
+        as_long = {target: {"recovery": self._as_long(method, target)} for target in targets}
         if method == "one-shot":
             return [(f"{method}-{target:g}", {"method": method, "sparsity": {"target": target}, **as_long[target]}) for target in targets]
         return [(f"{method}-{target:g}", {"method": method, "sparsity": {"shape": self.shape(target)}, **as_long[target]}) for target in targets]
+
+    def _as_long(self, method: str, target: float) -> dict[str, float]:
+        """How long a baseline recovers."""
+        if self.options.baseline_steps is None:
+            return {"epochs": 10_000, "time_budget": self.minutes("cofi", target)}
+        return {"epochs": self._epochs(self.options.baseline_steps[method == "student"])}
 
     def _masks(self, targets: list[float], units: list[str]) -> dict[str, Any]:
         given = ("mask_lr", "gate_lr_ratio", "warmup_ratio")
@@ -172,7 +180,7 @@ class Run:
             "finetune": {"task": _located(task.settings, self.options.data), "epochs": task.epochs, "lr": task.lr, **once},
         }
         if stage == "prune":
-            masked, recovered = (steps * task.rows / self._rows for steps in (options.steps, options.recovery_steps))
+            masked, recovered = self._epochs(options.steps), self._epochs(options.recovery_steps)
             recovery = {"epochs": recovered, "lr": options.recovery_lr, **once} | settings.get("recovery", {})
             content["prune"] = {"epochs": masked, "lr": options.lr, **once, **settings, "recovery": recovery}
         path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -184,11 +192,11 @@ class Run:
         if done.returncode:
             raise UserError(f"{path.stem}: trimline {stage} failed, see {log}")
 
-    @property
-    def _rows(self) -> int:
-        """Of the training split."""
-        metrics = self._artifact("teacher", "finetune").metrics
-        return round(metrics["steps"] * TASKS[self.task].rows / TASKS[self.task].epochs)
+    def _epochs(self, steps: int) -> float:
+        """Of the training split, in so many steps."""
+        task = TASKS[self.task]
+        examples = round(self._artifact("teacher", "finetune").metrics["steps"] * task.rows / task.epochs)
+        return steps * task.rows / examples
 
     def _artifact(self, arm: str, stage: str) -> Any:
         steps = workflow.resolve(recipes.load(self._recipe(arm)))
@@ -239,7 +247,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print(flush=True)
 
 
-def speed_ups(run: Run, made: Sequence[tuple[str, float]], rows: int, repeats: int) -> dict[tuple[str, float], float]:
+def speed_ups(run: Run, made: Sequence[tuple[str, float]], rows: int, compiled: bool, repeats: int) -> dict[tuple[str, float], float]:
     """How many times faster than the teacher's the layers of those models are."""
     teacher, head = run.teacher, "qa" if run.task == "SQuAD" else "classification"
     prunable = Prunable.of(teacher.config)
@@ -250,7 +258,10 @@ def speed_ups(run: Run, made: Sequence[tuple[str, float]], rows: int, repeats: i
     for body in bodies.values():
         body.eval()
         body.config.unpadded = False
-    with torch.inference_mode():
+    if compiled:
+        torch.compiler.reset()
+        bodies = {name: torch.compile(body, dynamic=False) for name, body in bodies.items()}
+    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=len(bodies)):  # one for each, as they share their code
         times, _ = milliseconds({name: partial(body, inputs_embeds=x) for name, body in bodies.items()}, repeats, torch.device("cpu"))
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     return {each: (medians["dense"] - medians[""]) / (medians[each] - medians[""]) for each in made}
@@ -264,30 +275,33 @@ def results(task: str, runs: Sequence[Run], options: argparse.Namespace) -> None
     timed = [pair for pair in pairs if runs[0].made(*pair)]
     if not timed:
         return
-    fast = {rows: speed_ups(runs[0], timed, rows, repeats) for rows, repeats in ((1, 30), (128, options.repeats))} if options.repeats else {}
+    fast: dict[str, dict[tuple[str, float], float]] = {}
+    for name, (rows, compiled) in SPEEDS.items() if options.repeats else ():
+        fast[name] = speed_ups(runs[0], timed, rows, compiled, 30 if rows == 1 else options.repeats)
     teacher = runs[0].teacher
     metric = runs[0].entry(*timed[0])["figures"]
-    name = next(key for key in metric if key.endswith("_teacher")).removeprefix("dev_").removesuffix("_teacher")
+    measure = next(key for key in metric if key.endswith("_teacher")).removeprefix("dev_").removesuffix("_teacher")
     dense = [run.scores(*pairs[0])["teacher"] for run in of[pairs[0]]]
     blocks, whole = size.block_parameters(teacher.config), size.parameters(teacher)
-    rows = [["teacher", "", spread(dense), "", "100", "1.0", "1.0", f"{blocks / 1e6:.2f} / {whole / 1e6:.2f}", ""]]
+    lines = [["teacher", "", spread(dense), "", "100", *["1.0"] * len(SPEEDS), f"{blocks / 1e6:.2f} / {whole / 1e6:.2f}", ""]]
     for pair in pairs:
         found = [run.scores(*pair) for run in of[pair]]
         shares = [scores["recovered"] / scores["teacher"] for scores in found]
         head = "qa" if task == "SQuAD" else "classification"
         model = build.load(of[pair][0].model(*pair), head=head)
         numbers = f"{size.block_parameters(model.config) / 1e6:.2f} / {size.parameters(model) / 1e6:.2f}"
-        times = [f"{fast[rows][pair]:.1f}" if pair in fast.get(rows, {}) else "" for rows in (1, 128)]
+        times = [f"{fast[name][pair]:.1f}" if pair in fast.get(name, {}) else "" for name in SPEEDS]
         realised = spread([scores["realised_sparsity"] for scores in found])
         scored = [spread([scores[stage] for scores in found]) for stage in STAGES]
         cost = spread([run.minutes(*pair) for run in of[pair]], scale=1)
-        rows.append([pair[0], realised, scored[1], scored[0], spread(shares), *times, numbers, cost])
-    print(f"## {task}: {name}, seeds {', '.join(str(run.seed) for run in runs)}")
-    head_row = ("method", "sparsity, %", "score", "before recovery", "kept, %", "speed-up, 1", "128", "parameters, M", "core-minutes")
-    table(head_row, rows)
+        lines.append([pair[0], realised, scored[1], scored[0], spread(shares), *times, numbers, cost])
+    print(f"## {task}: {measure}, seeds {', '.join(str(run.seed) for run in runs)}")
+    first, *others = SPEEDS
+    head_row = ("method", "sparsity, %", "score", "before recovery", "kept, %", f"speed-up, {first}", *others, "parameters, M", "core-minutes")
+    table(head_row, lines)
     if fast:
-        points = [Point(pair[0], f"{pair[1]:.0%}", fast[128][pair], of[pair][0].scores(*pair)["recovered"]) for pair in timed]
-        trade_off_figure(points, metric=f"{task}: {name}", teacher=dense[0]).savefig(options.work / f"cofi-{task}.png")
+        points = [Point(pair[0], f"{pair[1]:.0%}", fast["128"][pair], of[pair][0].scores(*pair)["recovered"]) for pair in timed]
+        trade_off_figure(points, metric=f"{task}: {measure}", teacher=dense[0]).savefig(options.work / f"cofi-{task}.png")
     structures(runs, options)
 
 
@@ -360,6 +374,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=600, help="of masking to each target")
     parser.add_argument("--recovery-steps", type=int, default=2200, help="of cofi")
+    parser.add_argument(
+        "--baseline-steps", type=int, nargs=2, metavar=("ONE-SHOT", "STUDENT"), help="of recovery, where cofi's time says nothing, as on a shared GPU"
+    )
     parser.add_argument("--lr", type=float, default=2e-4, help="of the masked student")
     parser.add_argument("--recovery-lr", type=float, default=5e-4)
     parser.add_argument("--mask-lr", type=float, default=0.05)

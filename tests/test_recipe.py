@@ -131,7 +131,7 @@ def test_a_key_given_twice_is_refused(written):
         ),
         (GOOD.replace("mlm", "distill"), "distill has the model of model.from as its teacher: set model.from: DIR"),
         (GOOD.replace("mlm", "distill") + "model: {from: x}\n", "distill needs a student smaller than its teacher: give objective.student"),
-        (GOOD.replace("mlm", "distill, prediction: 0, layers: 0"), "prediction and layers are both 0"),
+        (GOOD.replace("mlm", "distill, prediction: 0, layers: 0"), "prediction, layers and attention are 0"),
         (GOOD.replace("mlm", "electra") + "  sparsity: {}\n", "prunes under mlm, distill and causal without chunk, not under this electra"),
         (GOOD + "  sparsity: {target: [0.5, 0.6]}\n", "takes one target, or a shape"),
         (GOOD + "  sparsity: {}\n  notes: {}\n", "both act beside the model"),

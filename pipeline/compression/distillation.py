@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.compression.attention_distillation import Origin, attention_loss
 from pipeline.compression.layer_distillation import LayerDistillation
 from pipeline.compression.masks import Masks, alive
 from pipeline.compression.settings import DistillationSettings
@@ -40,12 +41,13 @@ def label_losses(model: nn.Module, masks: dict[str, Tensor], batch: Batch) -> Te
 
 
 class Distillation(Objective):
-    """Named losses, each where it has a weight: `distill` (soft labels), `layers` (hidden states), `hard` (true labels), and with masks `sparsity`
-    (the Lagrangian). Logged besides: `matched_3`, which of the student's layers learns the teacher's third, both counted from 1.
+    """Named losses, each where it has a weight: `distill` (soft labels), `layers` (hidden states), `attention` (its scores), `hard` (true labels),
+    and with masks `sparsity` (the Lagrangian). Logged besides: `matched_3`, which of the student's layers learns the teacher's third, counted from 1.
 
     teacher: a model with the student's outputs, a classifier, a regressor or one for answers that are spans; or what it said of each training row. It
     is held outside the registered modules, so that nothing trains, shards or saves it.
     layers: the layer-wise loss, whose map of the student's states is trained with the student.
+    heads: where the student's come from; None: their scores are not learnt.
     masks: the side module of a pruning; None where the student is trained as it is.
     """
 
@@ -55,38 +57,46 @@ class Distillation(Objective):
         settings: DistillationSettings,
         masks: Masks | None = None,
         layers: LayerDistillation | None = None,
+        heads: Sequence[Origin] | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
         if isinstance(teacher, nn.Module):
             teacher = teacher.eval().requires_grad_(False)
         self._beside = (teacher, masks)  # a tuple: not submodules
-        self.layers = layers
+        self.layers, self.heads = layers, heads
         self._matched = [f"matched_{layer + 1}" for layer in layers.taught] if layers is not None else []
         self.figures = frozenset(self._matched)
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """What the settings give each named loss; the Lagrangian brings its own weight, the multipliers."""
-        settings, layers, masks = self.settings, self.layers, self._beside[1]
-        weights = {"distill": settings.prediction, "layers": settings.layers * (layers is not None), "hard": settings.hard_labels}
+        settings, masks = self.settings, self._beside[1]
+        weights = {
+            "distill": settings.prediction,
+            "layers": settings.layers * (self.layers is not None),
+            "attention": settings.attention * (self.heads is not None),
+            "hard": settings.hard_labels,
+        }
         return {name: weight for name, weight in weights.items() if weight} | ({"sparsity": 1.0} if masks is not None else {})
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         return batch
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """Rows; of hidden states, tokens."""
-        mask = batch["attention_mask"]
+        """Rows; of hidden states, tokens; of attention, pairs of them."""
+        mask, names = batch["attention_mask"], [*self.loss_weights, *self._matched]
+        others = {"layers": mask.sum(), "attention": mask.sum(1).square().sum()}
         rows = torch.tensor(len(mask), device=mask.device)
-        return dict.fromkeys([*self.loss_weights, *self._matched], rows) | ({"layers": mask.sum()} if self.layers is not None else {})
+        return {name: others.get(name, rows) for name in names}
 
     def forward(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         masks, weights = self._beside[1], self.loss_weights
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         drawn = masks.sample() if masks is not None else None
-        student = model(**inputs, masks=drawn, output_hidden_states=self.layers is not None)
-        teacher = self._teach(student, inputs, batch) if "distill" in weights or "layers" in weights else {}
+        asked = {"output_hidden_states": self.layers is not None, "output_attention_scores": "attention" in weights}
+        student = model(**inputs, masks=drawn, **asked)
+        teacher = self._teach(student, inputs, batch, asked) if weights.keys() & {"distill", "layers", "attention"} else {}
         losses = {}
         if "distill" in weights:
             losses["distill"] = self._soft(student, teacher, batch["attention_mask"])
@@ -94,6 +104,9 @@ class Distillation(Objective):
             living = _alive(model.config, drawn, masks)
             losses["layers"], matched = self.layers(teacher["hidden_states"][1:], student["hidden_states"][1:], batch["attention_mask"], living)
             losses |= dict(zip(self._matched, matched.float() + 1, strict=True))
+        if "attention" in weights:
+            assert self.heads is not None
+            losses["attention"] = attention_loss(student["attention_scores"], teacher["attention_scores"], self.heads, batch["attention_mask"])
         if "hard" in weights:
             losses["hard"] = _hard(student, batch)
         if masks is not None:
@@ -101,13 +114,13 @@ class Distillation(Objective):
         return losses
 
     @torch.no_grad()
-    def _teach(self, student: Mapping[str, Any], inputs: Batch, batch: Batch) -> Mapping[str, Any]:
+    def _teach(self, student: Mapping[str, Any], inputs: Batch, batch: Batch, asked: Mapping[str, bool]) -> Mapping[str, Any]:
         """What the teacher gives for a batch: by the names of a model's outputs."""
         like: Tensor = student["logits"] if "logits" in student else student["start_logits"]
         teacher = self._beside[0]
         if isinstance(teacher, Recorded):
             return teacher.outputs(batch["example"], batch["attention_mask"])
-        found: Mapping[str, Any] = teacher.to(like.device, like.dtype)(**inputs, output_hidden_states=self.layers is not None)
+        found: Mapping[str, Any] = teacher.to(like.device, like.dtype)(**inputs, **asked)
         return found
 
     def _soft(self, student: Mapping[str, Any], teacher: Mapping[str, Any], attention_mask: Tensor) -> Tensor:

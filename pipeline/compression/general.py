@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.compression.attention_distillation import Origin, attention_loss
 from pipeline.compression.distillation import prediction_loss
 from pipeline.compression.layer_distillation import teacher_layers
 from pipeline.compression.masks import Masks
@@ -21,7 +22,8 @@ from pipeline.objectives.settings import DistillSettings
 
 class GeneralDistillation(Objective):
     """Losses `distill` (the teacher's distribution of each hidden token), `layers` (mean squared error of the embeddings and of each of the student's
-    layers to evenly spaced ones of the teacher, summed) and `mlm` (the hidden tokens), each where it has a weight; `mlm` is logged always.
+    layers to evenly spaced ones of the teacher, summed), `attention` (of the scores in those layers, each head to the one it was) and `mlm` (the
+    hidden tokens), each where it has a weight; `mlm` is logged always.
 
     teacher: a masked language model of the student's width and vocabulary, at least as deep. It is held outside the registered modules, so that
     nothing trains, shards or saves it.
@@ -36,38 +38,42 @@ class GeneralDistillation(Objective):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        weights = {"distill": self.settings.prediction, "layers": self.settings.layers, "mlm": self.settings.hard_labels}
+        settings = self.settings
+        weights = {"distill": settings.prediction, "layers": settings.layers, "attention": settings.attention, "mlm": settings.hard_labels}
         return {name: weight for name, weight in weights.items() if weight}
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         return self.masking(batch, step)
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """Hidden tokens; of `layers` all tokens."""
-        hidden = (batch["labels"] != -100).sum()
-        counts = {"distill": hidden, "layers": batch["attention_mask"].sum(), "mlm": hidden}
-        return {name: counts[name] for name in self._names()}
+        """Hidden tokens; of `layers` all tokens, of `attention` pairs of them."""
+        hidden, mask = (batch["labels"] != -100).sum(), batch["attention_mask"]
+        counts = {"distill": hidden, "layers": mask.sum(), "attention": mask.sum(1).square().sum(), "mlm": hidden}
+        return {name: counts[name] for name in {"mlm", *self.loss_weights}}
 
     def forward(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         given = {name: batch[name] for name in INPUTS if name in batch}
-        student = model(**given, output_hidden_states=bool(self.settings.layers))
+        asked = {"output_hidden_states": bool(self.settings.layers), "output_attention_scores": bool(self.settings.attention)}
+        student = model(**given, **asked)
         (teacher,) = self._teacher
         with torch.no_grad():
-            taught = teacher.to(student.logits.device, student.logits.dtype)(**given, output_hidden_states=bool(self.settings.layers))
+            taught = teacher.to(student.logits.device, student.logits.dtype)(**given, **asked)
         losses = {"mlm": student.loss}
         if self.settings.prediction:
             losses["distill"] = prediction_loss(student.logits, taught.logits, self.settings.temperature) if len(student.logits) else student.loss
         if self.settings.layers:
             losses["layers"] = self._layers(student.hidden_states, taught.hidden_states, batch["attention_mask"].bool())
+        if self.settings.attention:
+            body: Any = model.base_model
+            layers = teacher_layers(len(taught.attention_scores), len(body.layers))
+            learnt = [Origin(layer, block.attention.kept) for layer, block in zip(layers, body.layers, strict=True)]
+            losses["attention"] = attention_loss(student.attention_scores, taught.attention_scores, learnt, batch["attention_mask"])
         return losses
 
     def _layers(self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], real: Tensor) -> Tensor:
         matched = [0, *(layer + 1 for layer in teacher_layers(len(teacher) - 1, len(student) - 1))]
         pairs = zip(student, (teacher[layer] for layer in matched), strict=True)
         return sum((F.mse_loss(made[real].float(), goal[real].float()) for made, goal in pairs), torch.zeros((), device=real.device))
-
-    def _names(self) -> list[str]:
-        return ["mlm", *["distill"] * bool(self.settings.prediction), *["layers"] * bool(self.settings.layers)]
 
 
 class Upstream(Objective):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.compression.hard_concrete import HardConcrete
 from pipeline.compression.settings import SparsitySettings
-from pipeline.compression.sparsity import FINE, PENALTY, Lagrangian, Part, Prunable, Removed, parts
+from pipeline.compression.sparsity import FINE, PENALTY, Lagrangian, Part, Prunable, Removed, parts, realised
 
 INITIAL = {"attention": 4.0, "feedforward": 4.0, "heads": 3.0, "hidden": 4.0, "neurons": 2.0}
 """Where log alpha starts, by unit, from the coarsest to the finest: masks nearly open, yet off the plateau. From the official 10 a mask has further
@@ -123,7 +123,7 @@ class Masks(nn.Module):
 
     def realised_sparsity(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Of deterministic masks: what removing their zeros removes."""
-        return self.removed({unit: (mask > 0).float() for unit, mask in masks.items()})
+        return realised(self.removed, masks)
 
     def deterministic(self, shifts: Mapping[str, float] | None = None) -> dict[str, Tensor]:
         """The masks of evaluation by unit. shifts: by unit, added to log alpha where zeros are counted."""
@@ -138,9 +138,8 @@ class Masks(nn.Module):
         rounded: what becomes of masks before they are used.
         """
 
-        def realised(shifts: Mapping[str, float], removed: Removed) -> float:
-            masks = rounded(self.deterministic(shifts))
-            return removed({unit: (mask > 0).float() for unit, mask in masks.items()}).item()
+        def gone(shifts: Mapping[str, float], removed: Removed) -> float:
+            return realised(removed, rounded(self.deterministic(shifts))).item()
 
         units = [unit for unit, _ in self._each()]
         shifts = dict.fromkeys(units, 0.0)
@@ -148,11 +147,11 @@ class Masks(nn.Module):
         for shifted in (units, *([unit] for unit in units if unit not in GATES)):
             part = self.parts.get("heads", whole) if shifted == ["heads"] else whole
             low, high = -20.0, 20.0
-            candidates = [(abs(realised(shifts, part.removed) - part.target), shifts)]
+            candidates = [(abs(gone(shifts, part.removed) - part.target), shifts)]
             for _ in range(40):
                 middle = (low + high) / 2
                 trial = {unit: shifts[unit] + (middle if unit in shifted else 0.0) for unit in units}
-                sparsity = realised(trial, part.removed)
+                sparsity = gone(trial, part.removed)
                 candidates.append((abs(sparsity - part.target), trial))
                 low, high = (middle, high) if sparsity > part.target else (low, middle)
             shifts = min(candidates, key=lambda candidate: candidate[0])[1]

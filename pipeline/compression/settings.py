@@ -31,11 +31,14 @@ class DistillationSettings(Settings):
         "Which layer learns each of the teacher's four. ordered: the nearest alive, higher ones from higher; free: the nearest, and all may be the"
         " same; fixed: evenly spaced ones; ordered_as_coded: as the official code has it.",
     )
+    attention: float = setting(
+        0.0, "Weight, in the recovery, of attention's scores before the softmax, which each head left learns from the head it was.", ge=0
+    )
     hard_labels: float = setting(0.0, "Weight of the loss of the true labels.", ge=0)
     record: float = setting(
         4.0,
         "What the teacher says of each training row is written down once, its hidden states in fp16, where it takes no more disk than this; else, and"
-        " of questions, the teacher runs in every step.",
+        " of questions, or with `attention`, the teacher runs in every step.",
         unit="GiB",
         ge=0,
     )
@@ -46,8 +49,9 @@ class DistillationSettings(Settings):
             raise ValueError("prediction, layers and hard_labels are all 0: nothing is learnt; give one of them a weight")
         if self.teacher_outputs and self.teacher:
             raise ValueError("teacher and teacher_outputs are two teachers; give one")
-        if self.teacher_outputs and self.layers:
-            raise ValueError(f"layers: {self.layers:g} learns a teacher's hidden states, which teacher_outputs does not have: set layers: 0")
+        for name, what in (("layers", "hidden states"), ("attention", "attention")):
+            if self.teacher_outputs and (weight := getattr(self, name)):
+                raise ValueError(f"{name}: {weight:g} learns a teacher's {what}, which teacher_outputs does not have: set {name}: 0")
         return self
 
 

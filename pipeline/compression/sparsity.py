@@ -18,6 +18,11 @@ Removed = Callable[[Mapping[str, Tensor]], Tensor]
 """The share that is gone where units are kept with these probabilities: `Prunable.sparsity` of parameters, `latency.Table.saved` of time."""
 
 
+def realised(removed: Removed, masks: Mapping[str, Tensor]) -> Tensor:
+    """The share that is gone without what these masks close: whatever its value, a mask that is not 0 keeps its unit whole."""
+    return removed({unit: (mask > 0).float() for unit, mask in masks.items()})
+
+
 @dataclass(frozen=True)
 class Prunable:
     """Parameters of the encoder that masks can remove: matrices and biases of attention and feed-forward blocks.

@@ -80,9 +80,9 @@ def recorded(directory: Path, batches: TaskBatches, taught: Sequence[int]) -> Re
     return Recorded(torch.from_numpy(np.load(directory / LOGITS)), states, batches.lengths, taught)
 
 
-def check(teacher: Any, student: Any, labels: Sequence[str] | None, *, layers: bool) -> None:
+def check(teacher: Any, student: Any, labels: Sequence[str] | None, *, layers: bool, heads: bool) -> None:
     """Raises UserError for a teacher that cannot be learnt from: of other labels, or another order of them, of another vocabulary, or, where
-    `layers` are learnt, of another width.
+    `layers` are learnt, of another width, where `heads` are, of other heads.
 
     labels: of the task, in order; none in a regression; None where it has none, as answers that are spans.
     """
@@ -98,6 +98,8 @@ def check(teacher: Any, student: Any, labels: Sequence[str] | None, *, layers: b
     if found is None and layers and theirs.hidden_size != ours.hidden_size:
         found = f"its hidden states have {theirs.hidden_size} dimensions, the student's {ours.hidden_size}; set distillation.layers: 0, or"
         found += " give one of the same width"
+    if found is None and heads and theirs.heads_per_layer != ours.heads_per_layer:
+        found = f"its layers have {theirs.heads_per_layer} heads, the student's before pruning {ours.heads_per_layer}; set distillation.attention: 0"
     if found is not None:
         raise UserError(f"{theirs.name_or_path}: the student cannot learn from this teacher: {found}")
 

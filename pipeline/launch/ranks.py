@@ -54,6 +54,8 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
+        if self.size == 1:
+            return
         if self.by == "mpi":
             from mpi4py import MPI
 
@@ -109,27 +111,32 @@ def leaving() -> Iterator[None]:
     """Around all that a rank does: where it met the others through gloo, the process ends with the block, without the interpreter's own end.
 
     There a thread of gloo that still lets go of the last collective's tensor aborts a rank whose work is done, now and
-    then (pytorch/pytorch#190489); destroying the process group does not end those threads.
+    then (pytorch/pytorch#190489); destroying the process group does not end those threads. NCCL asks that it is.
     """
     code: object = None
     try:
         yield
-    except BaseException as error:
-        if not _gloo():
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        if _backend() != "gloo":
             raise
-        code = error.code if isinstance(error, SystemExit) else 1
-        if not isinstance(error, SystemExit):
-            sys.excepthook(*sys.exc_info())
-    if _gloo():
-        if not isinstance(code, int | None):
-            print(code, file=sys.stderr)
-            code = 1
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code or 0)
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if _backend() == "nccl" and not code:
+        sys.modules["torch.distributed"].destroy_process_group()
+    if _backend() != "gloo":
+        sys.exit(code)  # type: ignore[arg-type]
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
-def _gloo() -> bool:
+def _backend() -> str | None:
+    """What torch.distributed meets through, where it was started."""
     distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_initialized() and distributed.get_backend() == "gloo"
+    return str(distributed.get_backend()) if distributed is not None and distributed.is_initialized() else None

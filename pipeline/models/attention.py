@@ -81,10 +81,17 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, config.hidden_size)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, bias: Tensor | None, rotation: Tensor | None, packing: Packing | None, head_mask: Tensor | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        rotation: Tensor | None,
+        packing: Packing | None,
+        head_mask: Tensor | None,
+        scores: list[Tensor | None] | None = None,
     ) -> Tensor:
         """x [B, L, d], or [T, d] of a packing; mask and bias: see `attend`, for the heads of the dense model; head_mask [heads] or
-        [B, heads].
+        [B, heads]; scores: where to append those of the heads computed [B, heads, L, L], before the softmax and before anything is hidden.
 
         Returns the shape of x.
         """
@@ -100,6 +107,9 @@ class Attention(nn.Module):
         if mask is not None and bias is not None:
             kept = self.kept if opened is None else [self.kept[head] for head in opened.tolist()]
             mask, bias = (side if side.shape[1] == len(kept) else side[:, kept] for side in (mask.to(query.dtype), bias))
+        if scores is not None:
+            found = query @ key.transpose(2, 3) * self.scale
+            scores.append(found if bias is None else found + bias)
         context = attend(query, key, value, mask, bias, self.dropout if self.training else 0.0, self.causal and mask is None, self.scale)
         if head_mask is not None:
             context = (context * head_mask[..., None, None]).to(x.dtype)

@@ -131,12 +131,14 @@ class TrimlineConfig(PretrainedConfig):
 @dataclass
 class TrimlineOutput(ModelOutput):
     """last_hidden_state [B, L, d]; pooler_output [B, d], tanh of the first token; hidden_states: embeddings and each layer's
-    output, where asked for; memory_states [B, L, d], the input of the last feed-forward block there is (else the last hidden state)."""
+        output, where asked for; memory_states [B, L, d], the input of the last feed-forward block there is (else the last hidden state);
+    attention_scores: each layer's [B, heads, L, L] before the softmax, None of a layer without attention, where asked for."""
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     memory_states: Tensor | None = None
+    attention_scores: tuple[Tensor | None, ...] | None = None
 
 
 @dataclass
@@ -148,6 +150,7 @@ class TrimlineHeadOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     memory_states: Tensor | None = None
+    attention_scores: tuple[Tensor | None, ...] | None = None
 
 
 @dataclass
@@ -160,6 +163,7 @@ class TrimlineSpanOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     memory_states: Tensor | None = None
+    attention_scores: tuple[Tensor | None, ...] | None = None
 
 
 class FeedForward(nn.Module):
@@ -222,13 +226,22 @@ class Block(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, bias: Tensor | None, rotation: Tensor | None, packing: Packing | None, masks: LayerMasks
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        rotation: Tensor | None,
+        packing: Packing | None,
+        masks: LayerMasks,
+        scores: list[Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the block's output and the input of its feed-forward sub-layer, both as x; None where there is no such sub-layer."""
         if self.attention is not None:
             inner = self.attention_norm(x, masks.hidden) if self.pre else x
-            update = self.attention(inner, mask, bias, rotation, packing, masks.heads)
+            update = self.attention(inner, mask, bias, rotation, packing, masks.heads, scores)
             x = self._join(x, update, self.attention_norm, masks.heads, masks.attention, masks.hidden)
+        elif scores is not None:
+            scores.append(None)
         if self.feed_forward is None:
             return x, None
         inner = self.feed_forward_norm(x, masks.hidden) if self.pre else x
@@ -322,6 +335,7 @@ class TrimlineModel(TrimlinePreTrainedModel):
         document_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         input_mixer: Mixer | None = None,
+        output_attention_scores: bool = False,
     ) -> TrimlineOutput:
         """input_ids [B, L], or `inputs_embeds` [B, L, d] in place of the token vectors; attention_mask [B, L], 1 for tokens and 0 for padding;
         token types are ignored by a model without them.
@@ -345,8 +359,9 @@ class TrimlineModel(TrimlinePreTrainedModel):
         mask = self._mask(bias, self._allowed(attention_mask, document_ids))
         rotation = positions.rotation(tokens, position_ids)
         states, memory = [x], None
+        scores: list[Tensor | None] | None = [] if output_attention_scores else None
         for layer, block in enumerate(self.layers):
-            x, feed_forward_input = block(x, mask, bias, rotation, packing, self._of_layer(masks, layer))
+            x, feed_forward_input = block(x, mask, bias, rotation, packing, self._of_layer(masks, layer), scores)
             memory = memory if feed_forward_input is None else feed_forward_input
             states.append(x)
         if self.norm is not None:
@@ -360,6 +375,7 @@ class TrimlineModel(TrimlinePreTrainedModel):
             pooler_output=torch.tanh(self.pooler(x[:, 0])) if self.pooler is not None else None,
             hidden_states=tuple(states) if output_hidden_states else None,
             memory_states=memory,
+            attention_scores=None if scores is None else tuple(scores),
         )
 
     def _of_layer(self, masks: Masks, layer: int) -> LayerMasks:
@@ -414,6 +430,11 @@ class MaskedLMHead(nn.Module):
         return self.decoder(self.norm(self.activation(self.dense(x)), hidden))
 
 
+def _of_body(body: TrimlineOutput) -> tuple[Any, ...]:
+    """What a head hands on, in the order of the outputs' fields."""
+    return body.last_hidden_state, body.hidden_states, body.memory_states, body.attention_scores
+
+
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labels that are not -100, in fp32; 0, with a gradient of 0, where there are none."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -449,7 +470,7 @@ class TrimlineForMaskedLM(TrimlinePreTrainedModel):
         logits = self.head(x, hidden)
         if labels is not None:
             loss = mean_cross_entropy(logits, labels)
-        return TrimlineHeadOutput(loss, logits, body.last_hidden_state, body.hidden_states, body.memory_states)
+        return TrimlineHeadOutput(loss, logits, *_of_body(body))
 
 
 class TrimlineForCausalLM(TrimlinePreTrainedModel, GenerationMixin):
@@ -488,7 +509,7 @@ class TrimlineForCausalLM(TrimlinePreTrainedModel, GenerationMixin):
         else:
             logits = self.head(hidden)
             loss = None if labels is None else mean_cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        output = TrimlineHeadOutput(loss, logits, hidden, body.hidden_states, body.memory_states)
+        output = TrimlineHeadOutput(loss, logits, *_of_body(body))
         return output if return_dict else output.to_tuple()
 
 
@@ -513,7 +534,7 @@ class TrimlineForSequenceClassification(TrimlinePreTrainedModel):
             loss = F.mse_loss(logits.squeeze(-1).float(), labels.float())
         elif labels is not None:
             loss = mean_cross_entropy(logits, labels)
-        return TrimlineHeadOutput(loss, logits, body.last_hidden_state, body.hidden_states, body.memory_states)
+        return TrimlineHeadOutput(loss, logits, *_of_body(body))
 
 
 class TrimlineForQuestionAnswering(TrimlinePreTrainedModel):
@@ -541,4 +562,4 @@ class TrimlineForQuestionAnswering(TrimlinePreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = (mean_cross_entropy(start_logits, start_positions) + mean_cross_entropy(end_logits, end_positions)) / 2
-        return TrimlineSpanOutput(loss, start_logits, end_logits, body.last_hidden_state, body.hidden_states, body.memory_states)
+        return TrimlineSpanOutput(loss, start_logits, end_logits, *_of_body(body))

@@ -118,12 +118,13 @@ class DistillSettings(MaskingSettings):
     temperature: float = setting(2.0, "Temperature of the teacher's distributions.", gt=0)
     prediction: float = setting(1.0, "Weight of the teacher's distributions of hidden tokens.", ge=0)
     layers: float = setting(1.0, "Weight of the teacher's hidden states and embeddings.", ge=0)
+    attention: float = setting(0.0, "Weight of the teacher's attention, scores before the softmax: each head learns the head it was.", ge=0)
     hard_labels: float = setting(0.0, "Weight of the cross-entropy with the tokens that were hidden.", ge=0)
 
     @model_validator(mode="after")
     def _learns(self) -> DistillSettings:
-        if not (self.prediction or self.layers):
-            raise ValueError("prediction and layers are both 0, so that nothing is learnt from the teacher; give one a weight, or use objective mlm")
+        if not (self.prediction or self.layers or self.attention):
+            raise ValueError("prediction, layers and attention are 0, so nothing is learnt from the teacher; give one a weight, or use objective mlm")
         return self
 
 

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch import Tensor
 from pipeline import artifacts
 from pipeline.compression import goals as targets
 from pipeline.compression import one_shot, shapes, surgery, teachers
+from pipeline.compression.attention_distillation import Origin, origins
 from pipeline.compression.distillation import Distillation, label_losses
 from pipeline.compression.goals import Goal
 from pipeline.compression.latency import Table
 from pipeline.compression.layer_distillation import LayerDistillation, teacher_layers
 from pipeline.compression.masks import Masks
 from pipeline.compression.pictures import structure_figure
-from pipeline.compression.sparsity import Prunable
+from pipeline.compression.sparsity import Prunable, realised
 from pipeline.compression.structure import deaths, structure, table
 from pipeline.compression.student import spaced
 from pipeline.compression.teachers import Recorded
@@ -122,7 +123,7 @@ class _Pruning:
                 masks = spaced(self.dense, goal.shape)
             else:
                 masks = self._ranked(goal)
-            self.keep(goal, self.remove(self.dense, masks, goal), masks, {"removed": goal.removed(masks).item()})
+            self.keep(goal, self.remove(self.dense, masks, goal), masks, {"removed": realised(goal.removed, masks).item()})
         self.work.ranks.barrier()
 
     def _ranked(self, goal: Goal) -> dict[str, Tensor]:
@@ -150,8 +151,8 @@ class _Pruning:
         removed = self._scratch(goal) / REMOVED
         student, masks = self._load(removed), load_file(removed / MASKS)
         kept = masks["hidden"].nonzero().flatten() if "hidden" in masks else None
-        recovery = self.settings.recovery
-        summary = self._distil(student, self.batches(recovery), recovery, goal, RECOVERY, kept=kept)
+        recovery, heads = self.settings.recovery, origins(masks, self.prunable)
+        summary = self._distil(student, self.batches(recovery), recovery, goal, RECOVERY, kept=kept, heads=heads)
         if summary.weights is not None:
             export.save(student, self.tokenizer, self._made(goal), summary.weights)
 
@@ -178,7 +179,10 @@ class _Pruning:
         scores = {"teacher": teacher, "removed": self.score(self._load(removed)), "recovered": self.score(self._load(self._made(goal)))}
         config, dense = self._load(removed).config, self.dense.config
         if self.settings.sparsity.speed_up:
-            target = {"target_speed_up": round(1 / (1 - goal.share), 2), "predicted_speed_up": round(1 / (1 - goal.removed(masks).item()), 2)}
+            target = {
+                "target_speed_up": round(1 / (1 - goal.share), 2),
+                "predicted_speed_up": round(1 / (1 - realised(goal.removed, masks).item()), 2),
+            }
         else:
             target = {"target_sparsity": round(goal.share, 4), **{name: choice[name] for name in ("expected_sparsity",) if name in choice}}
         figures = {
@@ -245,13 +249,14 @@ class _Pruning:
         *,
         masks: Masks | None = None,
         kept: Tensor | None = None,
+        heads: Sequence[Origin] | None = None,
         watch: Watch | None = None,
     ) -> Summary:
         """The teacher into the student, with the masks in it or without."""
         settings, layers = self.settings.distillation, None
         if self.taught:
             layers = LayerDistillation(self.taught, self.dense.config.hidden_size, rule=settings.mapping, kept=kept)
-        objective = Distillation(self.teacher, settings, masks, layers)
+        objective = Distillation(self.teacher, settings, masks, layers, heads)
         student.get_input_embeddings().requires_grad_(not training.freeze_embeddings)
         return train(
             Trainee(student, objective, side=masks),
@@ -286,11 +291,11 @@ class _Pruning:
             return Recorded(teachers.outputs(settings.teacher_outputs, len(self.task.splits["train"]), len(labels or ()) or 1))
         teacher = self._load(self.finetuned if settings.teacher is None else Path(settings.teacher))
         if settings.teacher is not None:
-            teachers.check(teacher, self.dense, labels, layers=settings.layers > 0)
+            teachers.check(teacher, self.dense, labels, layers=settings.layers > 0, heads=settings.attention > 0)
         if settings.layers:
             self.taught = teacher_layers(len(teacher.config.heads_per_layer))
         rows = self.rows(self.settings.micro_batch_size)
-        if labels is None or teachers.size(teacher, rows, self.taught) > settings.record * 2**30:
+        if labels is None or settings.attention or teachers.size(teacher, rows, self.taught) > settings.record * 2**30:
             return teacher
         said = self.work.scratch / SAID
         if self.work.ranks.first and not said.is_dir():

@@ -42,6 +42,7 @@ def start() -> torch.device:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # a line for each of DeepSpeed's collectives
+    warnings.filterwarnings("ignore", "barrier", category=UserWarning, module="torch.distributed")  # of a rank alone, which DeepSpeed binds to no GPU
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

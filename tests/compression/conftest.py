@@ -1,7 +1,18 @@
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineForCausalLM, TrimlineForSequenceClassification
+
+SPECIALS = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = [*SPECIALS.values(), *(f"w{number}" for number in range(45))]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, **SPECIALS)
 
 
 @pytest.fixture

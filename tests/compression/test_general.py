@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from pipeline import objectives
 from pipeline.compression.general import GeneralDistillation, Upstream
@@ -19,15 +17,6 @@ from pipeline.objectives.base import Trainee
 from pipeline.objectives.causal import Causal
 from pipeline.objectives.mlm import Mlm
 from pipeline.objectives.settings import DistillSettings, MlmSettings, StudentSettings
-
-SPECIALS = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = [*SPECIALS.values(), *(f"w{number}" for number in range(45))]
-    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=core, **SPECIALS)
 
 
 @pytest.fixture

@@ -16,7 +16,11 @@ KINDS = {
     for objective in ("mlm", "electra", "meta_controller")
     for suffix, options in (("", {"positions": "absolute"}), ("-tupe-notes", {"positions": "tupe-relative", "notes": True}))
 }
-KINDS["distill"] = {"objective": "distill", "positions": "absolute", "options": {"student": {"layers": 1, "heads": 2, "ffn": 32}, "hard_labels": 0.5}}
+KINDS["distill"] = {
+    "objective": "distill",
+    "positions": "absolute",
+    "options": {"student": {"layers": 1, "heads": 2, "ffn": 32}, "hard_labels": 0.5, "attention": 0.1},
+}
 KINDS["mlm-sparsity"] = {"objective": "mlm", "positions": "absolute", "sparsity": {"prepruning_ratio": 0.0, "warmup_ratio": 0.5}}
 EAGER = {"stage3_param_persistence_threshold": 0}
 """ZeRO-3 keeps small parameters whole; these models have no others."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.artifacts import Artifact
+from pipeline.compression.latency import Table
 from pipeline.errors import UserError
 from pipeline.models import build, export
 from pipeline.models.size import block_parameters
@@ -74,8 +75,12 @@ def test_any_units_alone_or_together(run, finetuned, units):
 
 
 def test_a_speed_up_on_this_machine(run):
-    _, figures = run(sparsity={"speed_up": 2, "units": LAYERS, "timing": {"rows": 4, "length": 16, "threads": 1}})
+    work, figures = run(sparsity={"speed_up": 2, "units": LAYERS, "timing": {"rows": 4, "length": 16, "threads": 1}})
     assert figures["target_speed_up"] == 2
+    config, table = build.load(work.directory / "model", head="classification").config, Table.open(work.scratch / "latency.json")
+    time = sum(table.attention[0][heads] for heads in config.heads_per_layer)
+    time += np.interp(config.ffn_per_layer, table.neurons, table.feedforward[0]).sum()
+    assert figures["predicted_speed_up"] == pytest.approx(table.dense / time, abs=0.01)  # whatever the masks' values
     assert 1.4 < figures["predicted_speed_up"] < 3  # of blocks this small only whole ones take time away
     assert "expected_sparsity" not in figures
 
@@ -106,7 +111,7 @@ def test_in_one_shot_nothing_is_trained_but_what_is_left(run, finetuned, goal):
 
 
 def test_a_smaller_student_begins_as_evenly_spaced_layers(run, finetuned):
-    work, figures = run(method="student", sparsity={"shape": {"layers": 1, "heads": 2, "ffn": 24}})
+    work, figures = run(method="student", sparsity={"shape": {"layers": 1, "heads": 2, "ffn": 24}}, distillation={"attention": 5.0})
     config = build.load(work.directory / "model", head="classification").config
     assert (config.heads_per_layer, config.ffn_per_layer) == ([2], [24])
     begun = build.load(work.scratch / "shape" / "removed", head="classification").base_model.layers[0].feed_forward.up.weight
@@ -114,6 +119,10 @@ def test_a_smaller_student_begins_as_evenly_spaced_layers(run, finetuned):
     assert all((row == last).all(1).any() for row in begun)
     assert figures["realised_sparsity"] == pytest.approx(0.77, abs=0.05)
     assert figures["dev_accuracy_recovered"] > 0.8
+    last = json.loads((work.logs / "shape" / "recovery" / "metrics.jsonl").read_text().splitlines()[-1])
+    losses = last["losses"]
+    assert losses["attention"] > 0
+    assert last["loss"] == pytest.approx(0.5 * losses["distill"] + 0.5 * losses["layers"] + 5 * losses["attention"])
 
 
 def test_a_black_box_teaches_by_its_outputs(run, finetuned, tmp_path):
