@@ -7,7 +7,7 @@ import nothing but torch, transformers and each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -252,10 +252,9 @@ class Block(GradientCheckpointingLayer):
         for factor in (layer, hidden):
             update = update if factor is None else (update * factor).to(x.dtype)
         joined = x + self.dropout(update) if self.pre else norm(x + self.dropout(update), hidden)
+        alive = [(mask != 0).any() for mask in (units, layer) if mask is not None]
         # Without the choice, the output bias and the LayerNorm of a fully masked sub-layer would still act.
-        for alive in (units, layer):
-            joined = joined if alive is None else torch.where((alive != 0).any(), joined, x)
-        return joined
+        return torch.where(torch.stack(alive).all(), joined, x) if alive else joined
 
 
 class Embeddings(nn.Module):
@@ -360,8 +359,10 @@ class TrimlineModel(TrimlinePreTrainedModel):
         rotation = positions.rotation(tokens, position_ids)
         states, memory = [x], None
         scores: list[Tensor | None] | None = [] if output_attention_scores else None
+        by_layer = {unit: each.unbind() for unit, each in masks.items() if unit != "hidden"}
         for layer, block in enumerate(self.layers):
-            x, feed_forward_input = block(x, mask, bias, rotation, packing, self._of_layer(masks, layer), scores)
+            layer_masks = self._of_layer(layer, by_layer, masks.get("hidden"))
+            x, feed_forward_input = block(x, mask, bias, rotation, packing, layer_masks, scores)
             memory = memory if feed_forward_input is None else feed_forward_input
             states.append(x)
         if self.norm is not None:
@@ -378,11 +379,11 @@ class TrimlineModel(TrimlinePreTrainedModel):
             attention_scores=None if scores is None else tuple(scores),
         )
 
-    def _of_layer(self, masks: Masks, layer: int) -> LayerMasks:
+    def _of_layer(self, layer: int, masks: Mapping[str, Sequence[Tensor]], hidden: Tensor | None) -> LayerMasks:
         widths = {"heads": self.config.heads_per_layer[layer], "neurons": self.config.ffn_per_layer[layer]}
-        heads, neurons = (masks[unit][layer, ..., :width] if unit in masks and width else None for unit, width in widths.items())
+        heads, neurons = (masks[unit][layer][..., :width] if unit in masks and width else None for unit, width in widths.items())
         attention, feedforward = (masks[unit][layer] if unit in masks else None for unit in ("attention", "feedforward"))
-        return LayerMasks(_shut(heads, attention), _shut(neurons, feedforward), attention, feedforward, masks.get("hidden"))
+        return LayerMasks(_shut(heads, attention), _shut(neurons, feedforward), attention, feedforward, hidden)
 
     def _allowed(self, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
         """Boolean [B, 1, 1 or L, L], true where a query may look at a key; None where there is nothing to hide but a decoder's future."""
