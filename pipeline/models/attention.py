@@ -88,12 +88,12 @@ class Attention(nn.Module):
         rotation: Tensor | None,
         packing: Packing | None,
         head_mask: Tensor | None,
-        scores: list[Tensor | None] | None = None,
-    ) -> Tensor:
+        output_scores: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """x [B, L, d], or [T, d] of a packing; mask and bias: see `attend`, for the heads of the dense model; head_mask [heads] or
-        [B, heads]; scores: where to append those of the heads computed [B, heads, L, L], before the softmax and before anything is hidden.
+        [B, heads].
 
-        Returns the shape of x.
+        Returns the shape of x, and where asked for the scores of the heads computed [B, heads, L, L], before softmax and before anything is hidden.
         """
         opened, rows = open_units(head_mask), None
         if opened is not None:
@@ -107,14 +107,12 @@ class Attention(nn.Module):
         if mask is not None and bias is not None:
             kept = self.kept if opened is None else [self.kept[head] for head in opened.tolist()]
             mask, bias = (side if side.shape[1] == len(kept) else side[:, kept] for side in (mask.to(query.dtype), bias))
-        if scores is not None:
-            found = query @ key.transpose(2, 3) * self.scale
-            scores.append(found if bias is None else found + bias)
+        scores = torch.add(query @ key.transpose(2, 3) * self.scale, 0 if bias is None else bias) if output_scores else None
         context = attend(query, key, value, mask, bias, self.dropout if self.training else 0.0, self.causal and mask is None, self.scale)
         if head_mask is not None:
             context = (context * head_mask[..., None, None]).to(x.dtype)
         context = context.transpose(1, 2).flatten(2)
-        return linear(self.output, context if packing is None else packing.pack(context), inputs=rows)
+        return linear(self.output, context if packing is None else packing.pack(context), inputs=rows), scores
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float, causal: bool, scale: float) -> Tensor:

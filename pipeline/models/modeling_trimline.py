@@ -233,20 +233,20 @@ class Block(GradientCheckpointingLayer):
         rotation: Tensor | None,
         packing: Packing | None,
         masks: LayerMasks,
-        scores: list[Tensor | None] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the block's output and the input of its feed-forward sub-layer, both as x; None where there is no such sub-layer."""
+        output_scores: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the block's output and the input of its feed-forward sub-layer, both as x, and where asked for the scores of its attention; None
+        where there is no such sub-layer."""
+        scores = None
         if self.attention is not None:
             inner = self.attention_norm(x, masks.hidden) if self.pre else x
-            update = self.attention(inner, mask, bias, rotation, packing, masks.heads, scores)
+            update, scores = self.attention(inner, mask, bias, rotation, packing, masks.heads, output_scores)
             x = self._join(x, update, self.attention_norm, masks.heads, masks.attention, masks.hidden)
-        elif scores is not None:
-            scores.append(None)
         if self.feed_forward is None:
-            return x, None
+            return x, None, scores
         inner = self.feed_forward_norm(x, masks.hidden) if self.pre else x
         update = self.feed_forward(inner, masks.neurons)
-        return self._join(x, update, self.feed_forward_norm, masks.neurons, masks.feedforward, masks.hidden), inner
+        return self._join(x, update, self.feed_forward_norm, masks.neurons, masks.feedforward, masks.hidden), inner, scores
 
     def _join(self, x: Tensor, update: Tensor, norm: nn.Module, units: Tensor | None, layer: Tensor | None, hidden: Tensor | None) -> Tensor:
         for factor in (layer, hidden):
@@ -357,12 +357,12 @@ class TrimlineModel(TrimlinePreTrainedModel):
         bias = bias[None] if bias is not None and bias.dim() == 3 else bias
         mask = self._mask(bias, self._allowed(attention_mask, document_ids))
         rotation = positions.rotation(tokens, position_ids)
-        states, memory = [x], None
-        scores: list[Tensor | None] | None = [] if output_attention_scores else None
+        states, scores, memory = [x], [], None
         by_layer = {unit: each.unbind() for unit, each in masks.items() if unit != "hidden"}
         for layer, block in enumerate(self.layers):
             layer_masks = self._of_layer(layer, by_layer, masks.get("hidden"))
-            x, feed_forward_input = block(x, mask, bias, rotation, packing, layer_masks, scores)
+            x, feed_forward_input, scores_of = block(x, mask, bias, rotation, packing, layer_masks, output_attention_scores)
+            scores.append(scores_of)
             memory = memory if feed_forward_input is None else feed_forward_input
             states.append(x)
         if self.norm is not None:
@@ -376,7 +376,7 @@ class TrimlineModel(TrimlinePreTrainedModel):
             pooler_output=torch.tanh(self.pooler(x[:, 0])) if self.pooler is not None else None,
             hidden_states=tuple(states) if output_hidden_states else None,
             memory_states=memory,
-            attention_scores=None if scores is None else tuple(scores),
+            attention_scores=tuple(scores) if output_attention_scores else None,
         )
 
     def _of_layer(self, layer: int, masks: Mapping[str, Sequence[Tensor]], hidden: Tensor | None) -> LayerMasks:

@@ -47,7 +47,7 @@ def test_the_scores_are_those_that_make_the_context(encoder, inputs, positions, 
     model.config.unpadded = unpadded
     attention, seen = model.base_model.layers[2].attention, {}
     attention.value.register_forward_hook(lambda module, given, made: seen.update(value=made))
-    attention.register_forward_hook(lambda module, given, made: seen.update(packing=given[4], made=made))
+    attention.register_forward_hook(lambda module, given, made: seen.update(packing=given[4], made=made[0]))
     with torch.no_grad():
         scores = model(**inputs, output_attention_scores=True).attention_scores
         assert [None if found is None else found.shape[1] for found in scores] == [3, None, 2]

@@ -15,9 +15,11 @@ UNITS = ["attention", "feedforward", "heads", "neurons", "hidden"]
 SPARSITY = {"units": UNITS, "mask_lr": 0.5}
 """A rate at which masks move in 8 steps."""
 FAMILY = {"dropout": 0.1, "prune": {"sparsity": {"target": [0.4, 0.6], **SPARSITY}}}
-ONE = {"dropout": 0.0, "prune": {"sparsity": {"target": 0.6, **SPARSITY}, "distillation": {"mapping": "fixed", "hard_labels": 0.1}}}
+LEARNT = {"mapping": "fixed", "hard_labels": 0.1}
+ONE = {"dropout": 0.0, "prune": {"sparsity": {"target": 0.6, **SPARSITY}, "distillation": LEARNT}}
 """A mapping that is found is found by each micro-batch for itself, so that losses then depend on how rows are divided."""
-KINDS = {"labels": ONE, "questions": {**ONE, "squad": True}}
+SPANS = {"squad": True, "dropout": 0.0, "prune": {**ONE["prune"], "distillation": {**LEARNT, "attention": 0.05}}}
+KINDS = {"labels": ONE, "questions": SPANS}
 DEATHS = ([0, 5], [1, 1], [2, 3])
 """A training of a family, and its batch: the first target's masks and recovery, the second's masks."""
 
