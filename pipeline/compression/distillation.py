@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.compression.attention_distillation import Origin, attention_loss
+from pipeline.compression.attention_distillation import Origin, attention_loss, pairs
 from pipeline.compression.layer_distillation import LayerDistillation
 from pipeline.compression.masks import Masks, alive
 from pipeline.compression.settings import DistillationSettings
@@ -86,7 +86,7 @@ class Distillation(Objective):
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """Rows; of hidden states, tokens; of attention, pairs of them."""
         mask, names = batch["attention_mask"], [*self.loss_weights, *self._matched]
-        others = {"layers": mask.sum(), "attention": mask.sum(1).square().sum()}
+        others = {"layers": mask.sum(), "attention": pairs(batch).sum()}
         rows = torch.tensor(len(mask), device=mask.device)
         return {name: others.get(name, rows) for name in names}
 
@@ -106,7 +106,7 @@ class Distillation(Objective):
             losses |= dict(zip(self._matched, matched.float() + 1, strict=True))
         if "attention" in weights:
             assert self.heads is not None
-            losses["attention"] = attention_loss(student["attention_scores"], teacher["attention_scores"], self.heads, batch["attention_mask"])
+            losses["attention"] = attention_loss(student["attention_scores"], teacher["attention_scores"], self.heads, pairs(batch))
         if "hard" in weights:
             losses["hard"] = _hard(student, batch)
         if masks is not None:

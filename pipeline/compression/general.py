@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.compression.attention_distillation import Origin, attention_loss
+from pipeline.compression.attention_distillation import Origin, attention_loss, pairs
 from pipeline.compression.distillation import prediction_loss
 from pipeline.compression.layer_distillation import teacher_layers
 from pipeline.compression.masks import Masks
@@ -48,7 +48,7 @@ class GeneralDistillation(Objective):
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """Hidden tokens; of `layers` all tokens, of `attention` pairs of them."""
         hidden, mask = (batch["labels"] != -100).sum(), batch["attention_mask"]
-        counts = {"distill": hidden, "layers": mask.sum(), "attention": mask.sum(1).square().sum(), "mlm": hidden}
+        counts = {"distill": hidden, "layers": mask.sum(), "attention": pairs(batch).sum(), "mlm": hidden}
         return {name: counts[name] for name in {"mlm", *self.loss_weights}}
 
     def forward(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class GeneralDistillation(Objective):
             body: Any = model.base_model
             layers = teacher_layers(len(taught.attention_scores), len(body.layers))
             learnt = [Origin(layer, block.attention.kept) for layer, block in zip(layers, body.layers, strict=True)]
-            losses["attention"] = attention_loss(student.attention_scores, taught.attention_scores, learnt, batch["attention_mask"])
+            losses["attention"] = attention_loss(student.attention_scores, taught.attention_scores, learnt, pairs(batch))
         return losses
 
     def _layers(self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], real: Tensor) -> Tensor:

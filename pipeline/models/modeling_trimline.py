@@ -131,7 +131,7 @@ class TrimlineConfig(PretrainedConfig):
 @dataclass
 class TrimlineOutput(ModelOutput):
     """last_hidden_state [B, L, d]; pooler_output [B, d], tanh of the first token; hidden_states: embeddings and each layer's
-        output, where asked for; memory_states [B, L, d], the input of the last feed-forward block there is (else the last hidden state);
+    output, where asked for; memory_states [B, L, d], the input of the last feed-forward block there is (else the last hidden state);
     attention_scores: each layer's [B, heads, L, L] before the softmax, None of a layer without attention, where asked for."""
 
     last_hidden_state: Tensor | None = None

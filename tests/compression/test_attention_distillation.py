@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from pipeline.compression.attention_distillation import Origin, attention_loss, origins
+from pipeline.compression.attention_distillation import Origin, attention_loss, origins, pairs
 from pipeline.compression.distillation import Distillation
 from pipeline.compression.general import GeneralDistillation
 from pipeline.compression.settings import DistillationSettings
@@ -66,11 +66,20 @@ def test_the_loss_is_that_of_a_loop_over_heads_and_pairs(inputs):
     expected = 0.0
     for scores, (layer, heads) in zip(made, learnt, strict=True):
         for head, origin in enumerate(heads):
-            pairs = [(row, i, j) for row, length in enumerate((9, 6)) for i in range(length) for j in range(length)]
-            squares = sum((scores[row, head, i, j] - teacher[layer][row, origin, i, j]) ** 2 for row, i, j in pairs)
-            expected += squares / len(pairs) / len(heads)
-    found = attention_loss([made[0], None, made[1]], teacher, learnt, inputs["attention_mask"])
+            places = [(row, i, j) for row, length in enumerate((9, 6)) for i in range(length) for j in range(length)]
+            squares = sum((scores[row, head, i, j] - teacher[layer][row, origin, i, j]) ** 2 for row, i, j in places)
+            expected += squares / len(places) / len(heads)
+    found = attention_loss([made[0], None, made[1]], teacher, learnt, pairs(inputs))
     torch.testing.assert_close(found, expected)
+    assert attention_loss([made[0], None, made[1]], teacher, learnt, torch.zeros(2, 9, 9, dtype=torch.bool)).item() == 0
+
+
+def test_tokens_of_two_documents_do_not_see_each_other(inputs):
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 0, 0, 0, 1, 1, -1, -1, -1]])
+    seen = pairs({**inputs, "document_ids": documents})
+    expected = [[i, j] for i in range(6) for j in range(6) if documents[1, i] == documents[1, j]]
+    assert seen[1].nonzero().tolist() == expected
+    assert seen[0].sum() == 3 * 3 + 2 * 2 + 4 * 4
 
 
 def test_heads_come_from_where_the_masks_left_them(encoder):
