@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,3 +108,16 @@ with leaving():
     env = {name: value for name, value in os.environ.items() if name not in NAMES}
     command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=root, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(("code", "destroyed"), [(None, 1), (0, 1), (2, 0), ("told", 0)])
+def test_ranks_that_met_through_nccl_end_their_group_where_all_went_well(monkeypatch, code, destroyed) -> None:
+    ended: list[int] = []
+    met = SimpleNamespace(is_initialized=lambda: True, get_backend=lambda: "nccl", destroy_process_group=lambda: ended.append(1))
+    monkeypatch.setitem(sys.modules, "torch.distributed", met)
+    with pytest.raises(SystemExit) as left, ranks.leaving():
+        sys.exit(code)
+    assert (left.value.code, len(ended)) == (code, destroyed)
+    with pytest.raises(KeyError), ranks.leaving():
+        raise KeyError
+    assert len(ended) == destroyed
