@@ -8,6 +8,7 @@ again.
 
 teacher   fine-tuned; the embeddings of all arms stay as they were
 cofi      masks on heads, neurons and whole layers; --steps of them a target, each target from the masked student of the one before
+cofi-fast the same, to layers --speed-up times as fast, by a table of one row and all threads; --jobs 1, as it needs the machine to itself
 one-shot  heads and neurons by first-order importance, each target by itself
 student   two or three whole layers of the teacher with fewer heads and neurons, as many parameters as the target leaves
 
@@ -48,7 +49,7 @@ from pipeline.models import build, size
 from pipeline.models.stopwatch import device_name, milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("cofi", "one-shot", "student", "one-shot-short")
+METHODS = ("cofi", "cofi-fast", "one-shot", "student", "one-shot-short")
 SPEEDS = {"1": (1, False), "128": (128, False), "1, compiled": (1, True), "128, compiled": (128, True)}
 """Of rows of 128 tokens, so many at a time; by torch.compile, the teacher's too, or as they are."""
 STAGES = ("removed", "recovered")
@@ -56,12 +57,14 @@ STAGES = ("removed", "recovered")
 
 @dataclass(frozen=True)
 class Task:
-    """settings: of the recipe's `finetune.task`, with {data} for the data's directory. rows: examples a step. epochs, lr: of the teacher."""
+    """settings: of the recipe's `finetune.task`, with {data} for the data's directory. rows: examples a step. epochs, lr: of the teacher. record: GiB
+    that its hidden states may take."""
 
     settings: dict[str, Any]
     epochs: float
     lr: float
     rows: int = 32
+    record: float = 4
 
 
 def glue(name: str, **options: Any) -> dict[str, Any]:
@@ -74,7 +77,7 @@ TASKS = {
     "RTE": Task(glue("RTE"), epochs=5, lr=5e-5, rows=16),
     "CoLA": Task(glue("CoLA", max_length=64), epochs=4, lr=8e-5),
     "STS-B": Task(glue("STS-B", max_length=96), epochs=3, lr=8e-5),
-    "SQuAD": Task({"squad": {"train": "{data}/squad/train*", "dev": "{data}/squad/dev*"}, "max_length": 256}, epochs=3, lr=1e-4, rows=16),
+    "SQuAD": Task({"squad": {"train": "{data}/squad/train*", "dev": "{data}/squad/dev*"}, "max_length": 256}, epochs=3, lr=1e-4, rows=16, record=8),
 }
 
 
@@ -100,9 +103,12 @@ class Run:
 
     def arms(self, method: str) -> list[tuple[str, dict[str, Any]]]:
         """The recipes of a method, by name: of cofi one for all targets."""
-        targets, layers = self.options.sparsity, ["attention", "feedforward"]
+        targets, units = self.options.sparsity, ["heads", "neurons", "attention", "feedforward"]
         if method == "cofi":
-            return [("cofi", {"method": "cofi", "sparsity": self._masks(targets, ["heads", "neurons", *layers])})]
+            return [("cofi", {"method": "cofi", "sparsity": self._masks(units) | {"target": targets}})]
+        if method == "cofi-fast":
+            speed = {"speed_up": self.options.speed_up, "timing": {"rows": 1, "length": 128, "threads": torch.get_num_threads()}}
+            return [(method, {"method": "cofi", "sparsity": self._masks(units) | speed})]
         if method == "one-shot-short":
             return [(method, {"method": "one-shot", "sparsity": {"target": targets}})]
         as_long = {target: {"recovery": self._as_long(method, target)} for target in targets}
@@ -116,9 +122,9 @@ class Run:
             return {"epochs": 10_000, "time_budget": self.minutes("cofi", target)}
         return {"epochs": self._epochs(self.options.baseline_steps[method == "student"])}
 
-    def _masks(self, targets: list[float], units: list[str]) -> dict[str, Any]:
+    def _masks(self, units: list[str]) -> dict[str, Any]:
         given = ("mask_lr", "gate_lr_ratio", "warmup_ratio")
-        return {"target": targets, "units": units, "evaluate_every": 100.0, **{name: getattr(self.options, name) for name in given}}
+        return {"units": units, "evaluate_every": 100.0, **{name: getattr(self.options, name) for name in given}}
 
     def shape(self, target: float) -> dict[str, int]:
         """Of a student with as many parameters as the target leaves, in two layers or more; heads and neurons in the teacher's proportion."""
@@ -139,13 +145,15 @@ class Run:
         return several if several.is_dir() else made / "model"
 
     def made(self, method: str, target: float) -> bool:
+        """That of cofi-fast, which has no target, goes with the highest."""
         path = self._recipe(self._arm(method, target))
-        return path.is_file() and self._artifact(self._arm(method, target), "prune") is not None
+        wanted = method != "cofi-fast" or target == max(self.options.sparsity)
+        return wanted and path.is_file() and self._artifact(self._arm(method, target), "prune") is not None
 
     def entry(self, method: str, target: float) -> dict[str, Any]:
         """Of `structure.json`: scores, structure, and which layers went when."""
         entries = json.loads((self._artifact(self._arm(method, target), "prune").path / "structure.json").read_text())
-        return next(entry for entry in entries if entry["name"] in (f"{target:g}", "shape"))
+        return next(entry for entry in entries if entry["name"] in (f"{target:g}", "shape", f"{self.options.speed_up:g}x"))
 
     def scores(self, method: str, target: float) -> dict[str, float]:
         """`teacher`, `removed`, `recovered`, of the task's own metric, and `realised_sparsity`."""
@@ -157,13 +165,13 @@ class Run:
         """Of one thread in training steps: of cofi masking up to the target, and the recovery."""
         entry = self.entry(method, target)
         logs = self._logs(self._arm(method, target))
-        masked = [f"{each:g}" for each in self.options.sparsity if each <= target] if method == "cofi" else []
+        masked = {"cofi": [f"{each:g}" for each in self.options.sparsity if each <= target], "cofi-fast": [entry["name"]]}.get(method, [])
         return sum(_seconds(logs / name / "masking") for name in masked) / 60 + _seconds(logs / entry["name"] / "recovery") / 60
 
     # -- parts of these --
 
     def _arm(self, method: str, target: float) -> str:
-        return method if method in ("cofi", "one-shot-short") else f"{method}-{target:g}"
+        return method if method in ("cofi", "cofi-fast", "one-shot-short") else f"{method}-{target:g}"
 
     def _recipe(self, arm: str) -> Path:
         return self.options.work / "recipes" / f"{self.task}-{self.seed}-{arm}.yaml"
@@ -182,7 +190,8 @@ class Run:
         if stage == "prune":
             masked, recovered = self._epochs(options.steps), self._epochs(options.recovery_steps)
             recovery = {"epochs": recovered, "lr": options.recovery_lr, **once} | settings.get("recovery", {})
-            content["prune"] = {"epochs": masked, "lr": options.lr, **once, **settings, "recovery": recovery}
+            given = {"distillation": {"record": task.record}, **settings, "recovery": recovery}
+            content["prune"] = {"epochs": masked, "lr": options.lr, **once, **given}
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         log = self.options.work / "logs" / f"{path.stem}.txt"
         log.parent.mkdir(exist_ok=True)
@@ -300,7 +309,8 @@ def results(task: str, runs: Sequence[Run], options: argparse.Namespace) -> None
     head_row = ("method", "sparsity, %", "score", "before recovery", "kept, %", f"speed-up, {first}", *others, "parameters, M", "core-minutes")
     table(head_row, lines)
     if fast:
-        points = [Point(pair[0], f"{pair[1]:.0%}", fast["128"][pair], of[pair][0].scores(*pair)["recovered"]) for pair in timed]
+        names = {pair: f"{options.speed_up:g}x" if pair[0] == "cofi-fast" else f"{pair[1]:.0%}" for pair in timed}
+        points = [Point(pair[0], names[pair], fast["128"][pair], of[pair][0].scores(*pair)["recovered"]) for pair in timed]
         trade_off_figure(points, metric=f"{task}: {measure}", teacher=dense[0]).savefig(options.work / f"cofi-{task}.png")
     structures(runs, options)
 
@@ -382,6 +392,7 @@ def main() -> None:
     parser.add_argument("--mask-lr", type=float, default=0.05)
     parser.add_argument("--gate-lr-ratio", type=float, default=0.2)
     parser.add_argument("--warmup-ratio", type=float, default=0.4, help="of the masking's steps, over which the target rises")
+    parser.add_argument("--speed-up", type=float, default=10, help="of cofi-fast")
     parser.add_argument("--repeats", type=int, default=5, help="of timing; 0: no times")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     options = parser.parse_args()

@@ -37,8 +37,8 @@ class DistillationSettings(Settings):
     hard_labels: float = setting(0.0, "Weight of the loss of the true labels.", ge=0)
     record: float = setting(
         4.0,
-        "What the teacher says of each training row is written down once, its hidden states in fp16, where it takes no more disk than this; else, and"
-        " of questions, or with `attention`, the teacher runs in every step.",
+        "What the teacher says of each training row is written down once, its hidden states in fp16, where it takes no more disk than this; else, or"
+        " with `attention`, the teacher runs in every step.",
         unit="GiB",
         ge=0,
     )

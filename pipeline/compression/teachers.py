@@ -17,67 +17,106 @@ from pipeline.models.modeling_trimline import TrimlinePreTrainedModel
 from pipeline.tasks import metrics
 from pipeline.tasks.batches import TaskBatches
 
-LOGITS, STATES = "logits.npy", "states.npy"
+LOGITS, SPANS, STATES = "logits.npy", "spans.npy", "states.npy"
 
 
 class Recorded:
     """What a teacher says of the rows of a training split.
 
-    logits: fp32 [rows, classes], of a black box or of `record`. states: fp16 [tokens of all rows, taught, width], the hidden states of layers
-    `taught`, row after row as long as `lengths` says; None: outputs alone.
+    logits: fp32 [rows, classes], of a black box or of `record`. spans: fp32 [tokens of all rows, 2], each token's scores as the first and as the last
+    of an answer. states: fp16 [tokens of all rows, taught, width], the hidden states of layers `taught`. Tokens lie row after row as long as
+    `lengths` says. None: it was not asked.
     """
 
-    def __init__(self, logits: Tensor, states: np.ndarray | None = None, lengths: np.ndarray | None = None, taught: Sequence[int] = ()):
-        self.logits, self.taught, self._states = logits, tuple(taught), states
+    def __init__(
+        self,
+        logits: Tensor | None = None,
+        *,
+        spans: np.ndarray | None = None,
+        states: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
+        taught: Sequence[int] = (),
+    ) -> None:
+        self.taught, self._logits, self._spans, self._states = tuple(taught), logits, spans, states
         self._starts = None if lengths is None else np.cumsum(lengths) - lengths
 
     def outputs(self, rows: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        """`logits` [B, classes]; `hidden_states` as a model has them, [B, L, width] each with 0 in padding, None where they were not recorded."""
-        device, found = attention_mask.device, {"logits": self.logits[rows.cpu()].to(attention_mask.device)}
-        if self._states is None or self._starts is None:
-            return found
+        """By the names of a model's outputs, what there is of `logits` [B, classes], `start_logits` and `end_logits` [B, L], and `hidden_states`,
+        [B, L, width] each, None of layers that are not taught; 0 in padding."""
+        found: dict[str, Any] = {}
+        if self._logits is not None:
+            found["logits"] = self._logits[rows.cpu()].to(attention_mask.device)
+        if self._spans is not None:
+            found["start_logits"], found["end_logits"] = self._of_tokens(self._spans, rows, attention_mask).unbind(2)
+        if self._states is not None:
+            states = self._of_tokens(self._states, rows, attention_mask)
+            layers: list[Tensor | None] = [None] * (max(self.taught) + 2)  # the embeddings come first
+            for number, layer in enumerate(self.taught):
+                layers[layer + 1] = states[:, :, number]
+            found["hidden_states"] = layers
+        return found
+
+    def _of_tokens(self, values: np.ndarray, rows: Tensor, attention_mask: Tensor) -> Tensor:
+        """[tokens of all rows, ..] -> fp32 [B, L, ..]."""
+        assert self._starts is not None
         real, starts = attention_mask.cpu().bool(), self._starts[rows.cpu().numpy()]
         places = (starts[:, None] + np.arange(real.shape[1]))[real.numpy()]
-        states = torch.zeros(*real.shape, *self._states.shape[1:])
-        states[real] = torch.from_numpy(self._states[places]).float()
-        states = states.to(device)
-        layers: list[Tensor | None] = [None] * (max(self.taught) + 2)  # the embeddings come first
-        for number, layer in enumerate(self.taught):
-            layers[layer + 1] = states[:, :, number]
-        return {**found, "hidden_states": layers}
+        padded = torch.zeros(*real.shape, *values.shape[1:])
+        padded[real] = torch.from_numpy(values[places]).float()
+        return padded.to(attention_mask.device)
 
 
 def size(teacher: TrimlinePreTrainedModel, batches: TaskBatches, taught: Sequence[int]) -> int:
     """Bytes that `record` would write."""
     config: Any = teacher.config
-    return int(4 * len(batches.lengths) * config.num_labels + 2 * batches.lengths.sum() * len(taught) * config.hidden_size)
+    rows, tokens = len(batches.lengths), int(batches.lengths.sum())
+    said = 4 * 2 * tokens if _of_spans(batches) else 4 * config.num_labels * rows
+    return said + 2 * len(taught) * config.hidden_size * tokens
 
 
 @torch.no_grad()
 def record(teacher: TrimlinePreTrainedModel, batches: TaskBatches, taught: Sequence[int], directory: Path, device: torch.device) -> None:
-    """Writes what `recorded` opens: the logits, and the hidden states of layers `taught`, of each row. Whole or not at all."""
+    """Writes what `recorded` opens: logits or scores of answers, and the hidden states of layers `taught`, of each row. Whole or not at all."""
     config: Any = teacher.config
     new = directory.with_name(f"{directory.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    starts, tokens = np.cumsum(batches.lengths) - batches.lengths, int(batches.lengths.sum())
-    logits = np.lib.format.open_memmap(new / LOGITS, "w+", np.float32, (len(starts), config.num_labels))
-    states = np.lib.format.open_memmap(new / STATES, "w+", np.float16, (tokens, len(taught), config.hidden_size)) if taught else None
+    starts, rows, tokens = np.cumsum(batches.lengths) - batches.lengths, len(batches.lengths), int(batches.lengths.sum())
+    said = (SPANS, tokens, 2) if _of_spans(batches) else (LOGITS, rows, config.num_labels)
+    arrays = {said[0]: np.lib.format.open_memmap(new / said[0], "w+", np.float32, said[1:])}
+    if taught:
+        arrays[STATES] = np.lib.format.open_memmap(new / STATES, "w+", np.float16, (tokens, len(taught), config.hidden_size))
     for numbers, output in metrics.outputs(teacher.eval().to(device), batches, device, output_hidden_states=bool(taught)):
-        logits[numbers] = output.logits.float().cpu().numpy()
-        if states is not None:
-            layers = torch.stack([output.hidden_states[layer + 1] for layer in taught], dim=2).half().cpu().numpy()
+        of_tokens = {}
+        if LOGITS in arrays:
+            arrays[LOGITS][numbers] = output.logits.float().cpu().numpy()
+        else:
+            of_tokens[SPANS] = torch.stack([output.start_logits, output.end_logits], dim=2).float().cpu().numpy()
+        if taught:
+            of_tokens[STATES] = torch.stack([output.hidden_states[layer + 1] for layer in taught], dim=2).half().cpu().numpy()
+        for name, values in of_tokens.items():
             for row, number in enumerate(numbers):
                 length = batches.lengths[number]
-                states[starts[number] : starts[number] + length] = layers[row, :length]
+                arrays[name][starts[number] : starts[number] + length] = values[row, :length]
     shutil.rmtree(directory, ignore_errors=True)
     new.rename(directory)
 
 
 def recorded(directory: Path, batches: TaskBatches, taught: Sequence[int]) -> Recorded:
     """What was written there of the same batches' rows."""
-    states = np.load(directory / STATES, mmap_mode="r") if taught else None
-    return Recorded(torch.from_numpy(np.load(directory / LOGITS)), states, batches.lengths, taught)
+    spans = _of_spans(batches)
+    return Recorded(
+        None if spans else torch.from_numpy(np.load(directory / LOGITS)),
+        spans=np.load(directory / SPANS) if spans else None,
+        states=np.load(directory / STATES, mmap_mode="r") if taught else None,
+        lengths=batches.lengths,
+        taught=taught,
+    )
+
+
+def _of_spans(batches: TaskBatches) -> bool:
+    """Whether the rows ask for answers, not labels."""
+    return "start_positions" in batches.encoded.targets
 
 
 def check(teacher: Any, student: Any, labels: Sequence[str] | None, *, layers: bool, heads: bool) -> None:

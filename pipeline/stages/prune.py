@@ -295,7 +295,7 @@ class _Pruning:
         if settings.layers:
             self.taught = teacher_layers(len(teacher.config.heads_per_layer))
         rows = self.rows(self.settings.micro_batch_size)
-        if labels is None or settings.attention or teachers.size(teacher, rows, self.taught) > settings.record * 2**30:
+        if settings.attention or teachers.size(teacher, rows, self.taught) > settings.record * 2**30:
             return teacher
         said = self.work.scratch / SAID
         if self.work.ranks.first and not said.is_dir():
