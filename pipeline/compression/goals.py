@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.compression import shapes
+from pipeline.compression.knapsack import deal
 from pipeline.compression.latency import Table
 from pipeline.compression.masks import Masks
 from pipeline.compression.settings import SparsitySettings
@@ -22,13 +23,14 @@ from pipeline.models.modeling_trimline import TrimlineConfig
 @dataclass(frozen=True)
 class Goal:
     """name: of its directory. share: to remove, as `removed` measures it. head_share: of what is kept, attention's; None where it may come as it
-    will. shape: what is to be left exactly, where that is the goal."""
+    will. shape: what is to be left exactly, where that is the goal. table: of what is timed, where the share is one of time."""
 
     name: str
     share: float
     removed: Removed
     head_share: float | None = None
     shape: Shape | None = None
+    table: Table | None = None
 
 
 def goals(settings: SparsitySettings, prunable: Prunable, table: Table | None = None) -> list[Goal]:
@@ -44,7 +46,7 @@ def goals(settings: SparsitySettings, prunable: Prunable, table: Table | None = 
         without_heads = prunable.sparsity({**left, "heads": torch.zeros(prunable.shapes["heads"])}).item()
         return [Goal("shape", share, prunable.sparsity, (without_heads - share) / (1 - share), shape)]
     if table is not None:
-        found = [Goal(f"{speed_up:g}x", 1 - 1 / speed_up, table.saved, settings.head_share) for speed_up in settings.speed_up]
+        found = [Goal(f"{speed_up:g}x", 1 - 1 / speed_up, table.saved, settings.head_share, table=table) for speed_up in settings.speed_up]
     else:
         found = [Goal(f"{target:g}", target, prunable.sparsity, settings.head_share) for target in settings.target]
     most = found[-1].removed({unit: torch.zeros(prunable.shapes[unit]) for unit in settings.units}).item()
@@ -64,7 +66,13 @@ def settle(masks: Masks, goal: Goal, multiple: int) -> tuple[dict[str, Tensor], 
         soft = masks.soft()
         return {unit: torch.where(mask > 0, soft[unit], 0.0) if unit in soft else mask for unit, mask in kept.items()}, {}
     head_dim = masks.prunable.hidden // masks.prunable.heads
-    return masks.settle(lambda found: shapes.round_up(found, masks.scores, multiple, head_dim))
+    found, shifts = masks.settle(lambda found: shapes.round_up(found, masks.scores, multiple, head_dim))
+    return dealt(found, masks.worth(), goal, multiple, head_dim), shifts
+
+
+def dealt(masks: dict[str, Tensor], worth: Mapping[str, Tensor], goal: Goal, multiple: int, head_dim: int) -> dict[str, Tensor]:
+    """The masks; of a goal of time with their units where they are worth the most in it."""
+    return masks if goal.table is None else deal(goal.table, masks, worth, 1 - goal.share, shapes.steps(multiple, head_dim))
 
 
 def measured(settings: SparsitySettings, config: TrimlineConfig, path: Path, device: torch.device) -> None:

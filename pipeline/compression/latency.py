@@ -22,7 +22,7 @@ from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
 from pipeline.artifacts import write_json
-from pipeline.compression.sparsity import Prunable
+from pipeline.compression.sparsity import FINE, Prunable
 from pipeline.errors import UserError
 from pipeline.models.modeling_trimline import TrimlineConfig, TrimlineModel
 from pipeline.models.positions import SCHEMES, attention_heads, full_width
@@ -109,20 +109,27 @@ class Table:
         keep: by unit, of `Prunable.shapes`; a unit that is absent is kept whole. A sub-layer's time is that of the expected number of its units, on a
         line between the numbers measured, times its own keep probability. Below the narrowest width measured, dimensions save no more.
         """
-        assert "hidden" not in keep or len(self.widths) > 1, "a table of one width says nothing of dimensions"
+        return self.time_of("attention", keep) + self.time_of("feedforward", keep)
+
+    def time_of(self, layer: str, keep: Mapping[str, Tensor]) -> Tensor:
+        """The same of sub-layers of one kind, `attention` or `feedforward`."""
+        fine = FINE[layer]
         like = next(iter(keep.values()), torch.zeros(()))
-        total = torch.zeros((), device=like.device)
-        for fine, layer, grid, times in (
-            ("heads", "attention", self.heads, self.attention),
-            ("neurons", "feedforward", self.neurons, self.feedforward),
-        ):
-            by_number = like.new_tensor(times, dtype=torch.float32)
-            width = keep["hidden"].sum().clamp(min=self.widths[0]) if "hidden" in keep else None
-            by_number = by_number[-1] if width is None else _between(self.widths, by_number, width)
-            counts = keep[fine].sum(-1) if fine in keep else like.new_full((self.layers,), grid[-1], dtype=torch.float32)
-            times_of_layers = _between(grid, by_number, counts)
-            total = total + (times_of_layers * keep[layer] if layer in keep else times_of_layers).sum()
-        return total
+        counts = keep[fine].sum(-1) if fine in keep else like.new_full((self.layers,), self._measured(layer)[0][-1], dtype=torch.float32)
+        times = self.times(layer, counts, keep)
+        return (times * keep[layer] if layer in keep else times).sum()
+
+    def times(self, layer: str, counts: Tensor, keep: Mapping[str, Tensor]) -> Tensor:
+        """Milliseconds of sub-layers of one kind with so many heads or neurons, of the shape of `counts`, at the width that is kept."""
+        assert "hidden" not in keep or len(self.widths) > 1, "a table of one width says nothing of dimensions"
+        grid, measured = self._measured(layer)
+        by_number = torch.tensor(measured, dtype=torch.float32, device=counts.device)
+        width = keep["hidden"].sum().clamp(min=self.widths[0]) if "hidden" in keep else None
+        return _between(grid, by_number[-1] if width is None else _between(self.widths, by_number, width), counts)
+
+    def _measured(self, layer: str) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+        """Numbers of units, and times by width and these."""
+        return (self.heads, self.attention) if layer == "attention" else (self.neurons, self.feedforward)
 
     def saved(self, keep: Mapping[str, Tensor]) -> Tensor:
         """The share of the whole encoder's time that is gone, which takes the place of the sparsity: 1 - 1 / speed-up."""

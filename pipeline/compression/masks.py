@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.compression.hard_concrete import HardConcrete
 from pipeline.compression.settings import SparsitySettings
-from pipeline.compression.sparsity import FINE, PENALTY, Lagrangian, Part, Prunable, Removed, parts, realised
+from pipeline.compression.sparsity import FINE, PENALTY, Lagrangian, Part, Prunable, Removed, parts, realised, within_layers
 
 INITIAL = {"attention": 4.0, "feedforward": 4.0, "heads": 3.0, "hidden": 4.0, "neurons": 2.0}
 """Where log alpha starts, by unit, from the coarsest to the finest: masks nearly open, yet off the plateau. From the official 10 a mask has further
@@ -68,6 +68,10 @@ class Masks(nn.Module):
     def scores(self) -> dict[str, Tensor]:
         """log alpha by unit: what is higher is worth more."""
         return {unit: mask.log_alpha.detach() for unit, mask in self._each()}
+
+    def worth(self) -> dict[str, Tensor]:
+        """Of heads and neurons the probability that they are kept, and their layer with them."""
+        return within_layers({unit: mask.keep_probability().detach() for unit, mask in self._each()})
 
     def soft(self) -> dict[str, Tensor]:
         """By unit the values of masks that are kept, whichever these are."""

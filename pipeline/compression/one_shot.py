@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.compression.shapes import highest, round_up
-from pipeline.compression.sparsity import Prunable, Removed
+from pipeline.compression.sparsity import Prunable, Removed, within_layers
 from pipeline.errors import UserError
 from pipeline.models.modeling_trimline import Masks, TrimlinePreTrainedModel
 from pipeline.objectives.base import Batch
@@ -68,7 +68,7 @@ def choose(
     multiple, head_dim: see `shapes.round_up`.
     Raises UserError for a target that leaves no room.
     """
-    scores = {"heads": _weighted(importance, "heads", "attention"), "neurons": _weighted(importance, "neurons", "feedforward")}
+    scores = within_layers(importance)
 
     def kept(heads: int, neurons: int) -> dict[str, Tensor]:
         best = {unit: highest(scores[unit].flatten(), count).view(scores[unit].shape) for unit, count in (("heads", heads), ("neurons", neurons))}
@@ -89,10 +89,6 @@ def choose(
     neurons = _largest(least_neurons, most_neurons, lambda n: share(heads, n) <= budget)
     heads = _largest(heads, most_heads, lambda n: share(n, neurons) <= budget)  # what neurons, once all are kept, leave over
     return kept(heads, neurons)
-
-
-def _weighted(importance: Mapping[str, Tensor], fine: str, layer: str) -> Tensor:
-    return importance[fine] * importance[layer][:, None] if layer in importance else importance[fine]
 
 
 def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:

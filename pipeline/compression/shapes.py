@@ -68,8 +68,13 @@ def round_up(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], multiple
     Removed layers stay removed, and no width grows beyond the model's. What comes back are the units of highest score, with the smallest value that
     is kept beside them. Masks on whole layers are as they were.
     """
-    steps = {"heads": multiple // math.gcd(multiple, head_dim), "neurons": multiple, "hidden": multiple}
-    return {unit: _rounded(mask, scores[unit], steps[unit]) if steps.get(unit, 1) > 1 else mask for unit, mask in masks.items()}
+    wanted = steps(multiple, head_dim)
+    return {unit: _rounded(mask, scores[unit], wanted[unit]) if wanted.get(unit, 1) > 1 else mask for unit, mask in masks.items()}
+
+
+def steps(multiple: int, head_dim: int) -> dict[str, int]:
+    """By unit, what the number of those kept is a multiple of where widths are multiples."""
+    return {"heads": multiple // math.gcd(multiple, head_dim), "neurons": multiple, "hidden": multiple}
 
 
 def highest(scores: Tensor, count: int) -> Tensor:

@@ -23,6 +23,11 @@ def realised(removed: Removed, masks: Mapping[str, Tensor]) -> Tensor:
     return removed({unit: (mask > 0).float() for unit, mask in masks.items()})
 
 
+def within_layers(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of heads and neurons their values, times their layers' where these are known."""
+    return {fine: values[fine] * values[layer][:, None] if layer in values else values[fine] for layer, fine in FINE.items() if fine in values}
+
+
 @dataclass(frozen=True)
 class Prunable:
     """Parameters of the encoder that masks can remove: matrices and biases of attention and feed-forward blocks.

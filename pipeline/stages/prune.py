@@ -26,7 +26,7 @@ from pipeline.compression.latency import Table
 from pipeline.compression.layer_distillation import LayerDistillation, teacher_layers
 from pipeline.compression.masks import Masks
 from pipeline.compression.pictures import structure_figure
-from pipeline.compression.sparsity import Prunable, realised
+from pipeline.compression.sparsity import Prunable, realised, within_layers
 from pipeline.compression.structure import deaths, structure, table
 from pipeline.compression.student import spaced
 from pipeline.compression.teachers import Recorded
@@ -137,14 +137,9 @@ class _Pruning:
         if goal.shape is not None:
             return shapes.to_shape(found, goal.shape, self.prunable)
         assert goal.head_share is not None  # the recipe was checked
-        return one_shot.choose(
-            found,
-            goal.removed,
-            goal.share,
-            head_share=goal.head_share,
-            multiple=settings.multiple_of,
-            head_dim=self.dense.config.head_dim,
-        )
+        widths = {"multiple": settings.multiple_of, "head_dim": self.dense.config.head_dim}
+        chosen = one_shot.choose(found, goal.removed, goal.share, head_share=goal.head_share, **widths)
+        return targets.dealt(chosen, within_layers(found), goal, **widths)
 
     def recover(self, goal: Goal) -> None:
         """What is left, trained from the teacher once more."""

@@ -74,14 +74,15 @@ def test_any_units_alone_or_together(run, finetuned, units):
     assert figures["dev_accuracy_recovered"] > 0.8
 
 
-def test_a_speed_up_on_this_machine(run):
-    work, figures = run(sparsity={"speed_up": 2, "units": LAYERS, "timing": {"rows": 4, "length": 16, "threads": 1}})
+@pytest.mark.parametrize("method", ["cofi", "one-shot"])
+def test_a_speed_up_on_this_machine(run, method):
+    work, figures = run(method=method, sparsity={"speed_up": 2, "units": LAYERS, "timing": {"rows": 4, "length": 16, "threads": 1}})
     assert figures["target_speed_up"] == 2
     config, table = build.load(work.directory / "model", head="classification").config, Table.open(work.scratch / "latency.json")
     time = sum(table.attention[0][heads] for heads in config.heads_per_layer)
     time += np.interp(config.ffn_per_layer, table.neurons, table.feedforward[0]).sum()
     assert figures["predicted_speed_up"] == pytest.approx(table.dense / time, abs=0.01)  # whatever the masks' values
-    assert 1.4 < figures["predicted_speed_up"] < 3  # of blocks this small only whole ones take time away
+    assert 2 <= figures["predicted_speed_up"] < 3  # of blocks this small only whole ones take time away
     assert "expected_sparsity" not in figures
 
 
