@@ -18,6 +18,8 @@ INITIAL = {"attention": 4.0, "feedforward": 4.0, "heads": 3.0, "hidden": 4.0, "n
 to travel than a few hundred steps take it; from 0 (neurons) the student meets masks of a half at once. What takes much of the student with it starts
 higher: of heads a fifth is below 1 in a draw, of layers a twelfth."""
 GATES = ("attention", "feedforward")
+TRACE = 1e-4
+"""That a closed unit is worth: thousands of them do not outweigh one that is open."""
 
 
 class Masks(nn.Module):
@@ -70,8 +72,8 @@ class Masks(nn.Module):
         return {unit: mask.log_alpha.detach() for unit, mask in self._each()}
 
     def worth(self) -> dict[str, Tensor]:
-        """Of heads and neurons the probability that they are kept, and their layer with them."""
-        return within_layers({unit: mask.keep_probability().detach() for unit, mask in self._each()})
+        """Of heads and neurons how open they are, and their layer with them; a trace where they are closed, for they may cost nothing."""
+        return within_layers({unit: mask.openness().detach().clamp(min=TRACE) for unit, mask in self._each()})
 
     def soft(self) -> dict[str, Tensor]:
         """By unit the values of masks that are kept, whichever these are."""
