@@ -9,7 +9,7 @@ import torch
 
 from pipeline.compression import goals
 from pipeline.compression.goals import Goal
-from pipeline.compression.hard_concrete import HardConcrete
+from pipeline.compression.hard_concrete import LIMIT, HardConcrete
 from pipeline.compression.masks import GATES, Masks, alive
 from pipeline.compression.settings import SparsitySettings
 from pipeline.compression.shapes import round_up
@@ -286,3 +286,15 @@ def test_the_multipliers_climb_and_the_masks_descend():
     assert masks.lagrangians["all"].multipliers[0] < start[0]  # below the target: its price falls below 0
     assert masks.lagrangians["all"].multipliers[1] > start[1]
     assert masks.expected_sparsity().item() > before
+
+
+def test_all_closed_units_of_a_layer_are_worth_less_than_an_open_one():
+    """By the keep probability, .047 where log alpha is at its least, 22 closed neurons would be worth an open one."""
+    masks = Masks(Prunable(layers=2, hidden=64, heads=4, ffn=4096), SparsitySettings(units=LAYERS), target=0.9, steps=10, seed=1)
+    for unit, mask in masks.units.items():
+        mask.log_alpha.data.fill_(LIMIT if unit in GATES else -LIMIT)
+    for unit in ("heads", "neurons"):
+        masks.units[unit].log_alpha.data[0, 1] = LIMIT
+    for worth in masks.worth().values():
+        assert worth[0].argmax() == 1
+        assert 0 < worth[1].sum() < worth[0, 1]
