@@ -49,7 +49,7 @@ def deal(table: Table, masks: Mapping[str, Tensor], worth: Mapping[str, Tensor],
 def _fullest(worth: np.ndarray, numbers: np.ndarray, costs: np.ndarray) -> np.ndarray:
     """How many units of each layer are worth the most together: [layers].
 
-    The multiple-choice knapsack, solved exactly by dynamic programming; Kurtic et al. 2023, section 3.2, choose blocks of measured time by it.
+    The multiple-choice knapsack by dynamic programming, of costs rounded up to a bin; Kurtic et al. 2023, section 3.2, choose blocks by it.
     worth [layers, units]: the best of a layer go first. numbers, rising from 0: of units that a layer may have, at these costs, which do not fall;
     all layers may cost 1.
     """

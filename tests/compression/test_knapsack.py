@@ -76,6 +76,7 @@ def test_numbers_are_multiples_or_all():
         found = deal(TABLE, masks, worth, share, {"heads": 2, "neurons": 4})
         assert set((found["neurons"] > 0).sum(1).tolist()) <= {0, 4, 6}
         assert set((found["heads"] > 0).sum(1).tolist()) <= {0, 2, 3}
+        assert all(mask.any() for mask in found.values())
 
 
 def test_units_without_masks_stay_and_cost_what_they_cost():
