@@ -316,7 +316,7 @@ def results(task: str, runs: Sequence[Run], options: argparse.Namespace) -> None
 
 
 def structures(runs: Sequence[Run], options: argparse.Namespace) -> None:
-    """What cofi leaves, and which layers it took first."""
+    """What cofi leaves, beside what the paper saw left, and which layers it took first."""
     for target in options.sparsity:
         made = [run for run in runs if run.made("cofi", target)]
         if not made:
@@ -327,11 +327,23 @@ def structures(runs: Sequence[Run], options: argparse.Namespace) -> None:
         print(
             " ".join("({:.1f}, {:.0f})".format(*(statistics.mean(e["layers"][n][u] for e in entries) for u in ("heads", "neurons"))) for n in layers)
         )
+        lower = {unit: _lower_half([[layer[unit] for layer in entry["layers"]] for entry in entries]) for unit in ("heads", "neurons")}
+        ends = sum(bool(entry["layers"][0]["neurons"] and entry["layers"][-1]["neurons"]) for entry in entries)
+        print(
+            f"  in the lower half of the layers {lower['heads']} of the heads left, {lower['neurons']} of the neurons;"
+            f" first and last feed-forward layers stay in {ends} of {len(entries)} (Xia et al. 2022: more is left below than above; both stay)"
+        )
         for run, entry in zip(made, entries, strict=True):
             went = [f"{death['sublayer']} {death['layer']}" for death in entry["deaths"]]
             if went:
                 print(f"  layers that went, seed {run.seed}, the first first: {', '.join(went)}")
     print(flush=True)
+
+
+def _lower_half(numbers: Sequence[Sequence[int]]) -> str:
+    """The share of units that is there: [runs][layers]."""
+    below = sum(sum(layers[: len(layers) // 2]) for layers in numbers)
+    return f"{below / max(1, sum(map(sum, numbers))):.0%}"
 
 
 def verdicts(runs: Sequence[Run], options: argparse.Namespace) -> None:
