@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.compression.attention_distillation import Origin, attention_loss, pairs
-from pipeline.compression.layer_distillation import LayerDistillation
+from pipeline.compression.layer_distillation import LayerDistillation, layers_left
 from pipeline.compression.masks import Masks, alive
 from pipeline.compression.settings import DistillationSettings
 from pipeline.compression.teachers import Recorded
@@ -144,7 +144,7 @@ def _spans(output: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 def _alive(config: Any, drawn: dict[str, Tensor] | None, masks: Masks | None) -> Tensor:
     """bool [layers]: which have a sub-layer left, in the student and in this step's masks."""
-    left = torch.tensor([heads + neurons > 0 for heads, neurons in zip(config.heads_per_layer, config.ffn_per_layer, strict=True)])
+    left = torch.tensor(layers_left(config))
     if drawn is None or masks is None:
         return left
     living = alive(drawn, masks.prunable)

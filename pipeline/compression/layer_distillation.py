@@ -5,6 +5,10 @@ Chosen layers of the teacher, a, are each matched with a layer m(a) of the stude
     L_layer = sum over a of MSE(W H_student[m(a)], H_teacher[a]),   m(a) = argmin over j of MSE(W H_student[j], H_teacher[a]),
 
 W one linear map, the identity at first. The mean is over tokens that are not padding, of which the official code takes no account.
+
+While masks are trained the student is near its teacher, and the nearest layer is most often the layer of that depth. What a twentieth of it is left
+of is not: there the lowest layer is the nearest to all of the teacher's, learns all of them, and stays the nearest, while nothing teaches those
+above. So layers are matched once and for all after the removal.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.compression.settings import LayerMapping
+from pipeline.models.modeling_trimline import TrimlineConfig
 
 
 def teacher_layers(layers: int, matched: int = 4) -> tuple[int, ...]:
@@ -25,16 +30,31 @@ def teacher_layers(layers: int, matched: int = 4) -> tuple[int, ...]:
     return tuple(math.ceil(number * layers / matched) - 1 for number in range(1, matched + 1))
 
 
+def layers_left(config: TrimlineConfig) -> list[bool]:
+    """Which layers have a head or a neuron."""
+    return [heads + neurons > 0 for heads, neurons in zip(config.heads_per_layer, config.ffn_per_layer, strict=True)]
+
+
+def evenly(taught: Sequence[int], learners: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Evenly spaced ones of both, the last among them: as many as there are of the fewer, one for one."""
+    number = min(len(taught), len(learners))
+    return tuple(taught[n] for n in teacher_layers(len(taught), number)), tuple(learners[n] for n in teacher_layers(len(learners), number))
+
+
 class LayerDistillation(nn.Module):
     """The loss, and W [teacher width, student width], which is trained with the student.
 
-    taught: the teacher's layers, from 0, rising. kept: int64 [student width], which of the teacher's dimensions a narrower student has left;
-    W begins as the identity on those. m is found for each micro-batch by itself.
+    taught: the teacher's layers, from 0, rising. learners: the student's that may learn them, where `rule` is fixed: evenly spaced ones, and if they
+    are fewer, of fewer of the teacher's. By the other rules m is found for each micro-batch by itself.
+    kept: int64 [student width], which of the teacher's dimensions a narrower student has left; W begins as the identity on those.
     """
 
-    def __init__(self, taught: Sequence[int], teacher_width: int, *, rule: LayerMapping = "ordered", kept: Tensor | None = None):
+    def __init__(
+        self, taught: Sequence[int], teacher_width: int, *, rule: LayerMapping = "ordered", learners: Sequence[int] = (), kept: Tensor | None = None
+    ):
         super().__init__()
-        self.taught, self.rule = tuple(taught), rule
+        self.rule = rule
+        self.taught, self.learners = evenly(taught, learners) if rule == "fixed" else (tuple(taught), ())
         kept = torch.arange(teacher_width) if kept is None else kept.cpu()
         self.transform = nn.Linear(len(kept), teacher_width)
         with torch.no_grad():
@@ -51,6 +71,9 @@ class LayerDistillation(nn.Module):
         """
         real = attention_mask.bool()
         goals = torch.stack([teacher[layer][real] for layer in self.taught]).float()
+        if self.learners:
+            made = self.transform(torch.stack([student[layer][real] for layer in self.learners])).float()
+            return F.mse_loss(made, goals) * len(goals), torch.tensor(self.learners, device=goals.device)
         made = self.transform(torch.stack([state[real] for state in student])).float()
         with torch.no_grad():
             distances = torch.cdist(goals.flatten(1), made.flatten(1))  # in the order of the mean squares
@@ -62,15 +85,13 @@ def match(distances: Tensor, rule: LayerMapping, alive: Tensor | None = None) ->
     """m(a) of each taught layer: int64 [taught]. distances [taught, layers]; alive: bool [layers].
 
     free: the nearest layer. ordered: from the top down the nearest of those alive below the layer matched before; where there is none, that layer
-    again. fixed: layers as evenly spaced as those taught. ordered_as_coded: `ordered` as in the official code, whose test for life falls on the rank
-    in distance instead of on the layer, so that it may take a dead one.
+    again. ordered_as_coded: `ordered` as in the official code, whose test for life falls on the rank in distance instead of on the layer, so that it
+    may take a dead one.
     """
     layers = distances.shape[1]
     alive = torch.ones(layers, dtype=torch.bool, device=distances.device) if alive is None else alive.to(distances.device)
     if rule == "free":
         return distances.argmin(dim=1)
-    if rule == "fixed":
-        return torch.tensor(teacher_layers(layers, len(distances)), device=distances.device)
     found, before = [], torch.tensor(layers, device=distances.device)
     places = torch.arange(layers, device=distances.device)
     for row in distances.flip(0):

@@ -28,8 +28,11 @@ class DistillationSettings(Settings):
     layers: float = setting(0.5, "Weight of the layer-wise loss; 0: outputs alone.", ge=0)
     mapping: LayerMapping = setting(
         "ordered",
-        "Which layer learns each of the teacher's four. ordered: the nearest alive, higher ones from higher; free: the nearest, and all may be the"
-        " same; fixed: evenly spaced ones; ordered_as_coded: as the official code has it.",
+        "Which layer learns each of the teacher's four while masks are trained. ordered: the nearest alive, higher ones from higher; free: the"
+        " nearest, maybe the same for all; fixed: evenly spaced ones; ordered_as_coded: as the official code has it.",
+    )
+    recovery_mapping: LayerMapping = setting(
+        "fixed", "The same once units are removed. fixed: evenly spaced ones of the layers left; where they are fewer than four, of as many."
     )
     attention: float = setting(
         0.0, "Weight, in the recovery, of attention's scores before the softmax, which each head left learns from the head it was.", ge=0

@@ -23,7 +23,7 @@ from pipeline.compression.attention_distillation import Origin, origins
 from pipeline.compression.distillation import Distillation, label_losses
 from pipeline.compression.goals import Goal
 from pipeline.compression.latency import Table
-from pipeline.compression.layer_distillation import LayerDistillation, teacher_layers
+from pipeline.compression.layer_distillation import LayerDistillation, layers_left, teacher_layers
 from pipeline.compression.masks import Masks
 from pipeline.compression.pictures import structure_figure
 from pipeline.compression.sparsity import Prunable, realised, within_layers
@@ -250,7 +250,9 @@ class _Pruning:
         """The teacher into the student, with the masks in it or without."""
         settings, layers = self.settings.distillation, None
         if self.taught:
-            layers = LayerDistillation(self.taught, self.dense.config.hidden_size, rule=settings.mapping, kept=kept)
+            rule = settings.recovery_mapping if masks is None else settings.mapping
+            learners = [number for number, left in enumerate(layers_left(student.config)) if left] or [len(self.dense.config.heads_per_layer) - 1]
+            layers = LayerDistillation(self.taught, self.dense.config.hidden_size, rule=rule, learners=learners, kept=kept)
         objective = Distillation(self.teacher, settings, masks, layers, heads)
         student.get_input_embeddings().requires_grad_(not training.freeze_embeddings)
         return train(

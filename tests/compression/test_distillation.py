@@ -149,7 +149,6 @@ ALL, ALTERNATE, ONLY_FIRST, NONE = torch.ones(12).bool(), torch.arange(12) % 2 =
     ("rule", "alive", "expected"),
     [
         ("free", ALL, [9, 0, 6, 4]),
-        ("fixed", ONLY_FIRST, [2, 5, 8, 11]),
         ("ordered", ALL, [0, 0, 0, 4]),
         ("ordered_as_coded", ALL, [0, 0, 0, 4]),
         ("ordered", ALTERNATE, [0, 0, 0, 4]),
@@ -164,6 +163,27 @@ def test_layers_are_matched_as_intended_and_as_coded(rule, alive, expected):
     """The cases of the original code's runs: it asks whether the layer of that rank in distance lives, and so takes the dead layer 4, or passes the
     living 0 over; where all layers are dead it fails."""
     assert match(DISTANCES, rule, alive).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("learners", "taught", "learning"),
+    [
+        (range(12), (2, 5, 8, 11), (2, 5, 8, 11)),
+        (range(2), (5, 11), (0, 1)),
+        ([0, 4, 9], (5, 8, 11), (0, 4, 9)),
+        ([1, 2, 3, 5, 7], (2, 5, 8, 11), (2, 3, 5, 7)),
+        ([3], (11,), (3,)),
+    ],
+)
+def test_what_is_left_learns_one_for_one_and_the_last_from_the_last(learners, taught, learning):
+    module = LayerDistillation((2, 5, 8, 11), 4, rule="fixed", learners=learners)
+    assert (module.taught, module.learners) == (taught, learning)
+    teacher, student = states(1, layers=12), states(2, layers=12)
+    loss, matched = module(teacher, student, torch.ones(2, 5), torch.zeros(12).bool())
+    assert matched.tolist() == list(learning)
+    assert loss.item() == pytest.approx(
+        sum((teacher[a] - student[j]).square().mean() for a, j in zip(taught, learning, strict=True)).item(), rel=1e-5
+    )
 
 
 def states(seed, layers=3, rows=2, length=5, width=4):
@@ -192,7 +212,7 @@ def test_gradient_flows_through_the_matched_layers_alone_and_trains_the_map():
 
 def test_a_narrower_student_starts_from_the_dimensions_it_has_left():
     teacher, kept = states(1), torch.tensor([0, 3])
-    loss, _ = LayerDistillation((2,), 4, rule="fixed", kept=kept)(teacher, teacher[..., kept], torch.ones(2, 5))
+    loss, _ = LayerDistillation((2,), 4, rule="fixed", learners=range(3), kept=kept)(teacher, teacher[..., kept], torch.ones(2, 5))
     assert loss.item() == pytest.approx(teacher[2][..., [1, 2]].square().mean().item() / 2, rel=1e-5)
 
 

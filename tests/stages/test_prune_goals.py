@@ -123,6 +123,7 @@ def test_a_smaller_student_begins_as_evenly_spaced_layers(run, finetuned):
     last = json.loads((work.logs / "shape" / "recovery" / "metrics.jsonl").read_text().splitlines()[-1])
     losses = last["losses"]
     assert losses["attention"] > 0
+    assert {name: number for name, number in losses.items() if "matched" in name} == {"matched_2": 1}  # its one layer learns the last
     assert last["loss"] == pytest.approx(0.5 * losses["distill"] + 0.5 * losses["layers"] + 5 * losses["attention"])
 
 
