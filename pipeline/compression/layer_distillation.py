@@ -71,14 +71,15 @@ class LayerDistillation(nn.Module):
         """
         real = attention_mask.bool()
         goals = torch.stack([teacher[layer][real] for layer in self.taught]).float()
-        if self.learners:
-            made = self.transform(torch.stack([student[layer][real] for layer in self.learners])).float()
-            return F.mse_loss(made, goals) * len(goals), torch.tensor(self.learners, device=goals.device)
-        made = self.transform(torch.stack([state[real] for state in student])).float()
-        with torch.no_grad():
-            distances = torch.cdist(goals.flatten(1), made.flatten(1))  # in the order of the mean squares
-        matched = match(distances, self.rule, alive)
-        return F.mse_loss(made[matched], goals) * len(goals), matched
+        learners = self.learners or range(len(student))
+        made = self.transform(torch.stack([student[layer][real] for layer in learners])).float()
+        matched = torch.tensor(learners, device=made.device)
+        if not self.learners:
+            with torch.no_grad():
+                distances = torch.cdist(goals.flatten(1), made.flatten(1))  # in the order of the mean squares
+            matched = match(distances, self.rule, alive)
+            made = made[matched]
+        return F.mse_loss(made, goals) * len(goals), matched
 
 
 def match(distances: Tensor, rule: LayerMapping, alive: Tensor | None = None) -> Tensor:
