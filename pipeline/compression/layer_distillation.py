@@ -6,9 +6,9 @@ Chosen layers of the teacher, a, are each matched with a layer m(a) of the stude
 
 W one linear map, the identity at first. The mean is over tokens that are not padding, of which the official code takes no account.
 
-While masks are trained the student is near its teacher, and the nearest layer is most often the layer of that depth. What a twentieth of it is left
-of is not: there the lowest layer is the nearest to all of the teacher's, learns all of them, and stays the nearest, while nothing teaches those
-above. So layers are matched once and for all after the removal.
+While masks are trained, the nearest layer is almost always the one of that depth. Of what a strong pruning leaves it need not be: the lowest layer
+left may be the nearest to several of the teacher's, learn them all, and so stay the nearest, while those above learn little. Rule `fixed`, the
+recovery's, pairs layers once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,13 @@ def layers_left(config: TrimlineConfig) -> list[bool]:
     return [heads + neurons > 0 for heads, neurons in zip(config.heads_per_layer, config.ffn_per_layer, strict=True)]
 
 
-def evenly(taught: Sequence[int], learners: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Evenly spaced ones of both, the last among them: as many as there are of the fewer, one for one."""
+def evenly(taught: Sequence[int], left: Sequence[bool]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The teacher's layers, and the student's that learn them one for one.
+
+    Evenly spaced ones of those taught and of those left, up to the last of both, as many as there are of the fewer. Where none is left, the last
+    learns.
+    """
+    learners = [layer for layer, there in enumerate(left) if there] or [len(left) - 1]
     number = min(len(taught), len(learners))
     return tuple(taught[n] for n in teacher_layers(len(taught), number)), tuple(learners[n] for n in teacher_layers(len(learners), number))
 
@@ -44,17 +49,18 @@ def evenly(taught: Sequence[int], learners: Sequence[int]) -> tuple[tuple[int, .
 class LayerDistillation(nn.Module):
     """The loss, and W [teacher width, student width], which is trained with the student.
 
-    taught: the teacher's layers, from 0, rising. learners: the student's that may learn them, where `rule` is fixed: evenly spaced ones, and if they
-    are fewer, of fewer of the teacher's. By the other rules m is found for each micro-batch by itself.
+    taught: the teacher's layers, from 0, rising. left: for rule `fixed`, which of the student's have units; they are paired by `evenly`; if they
+    are fewer, fewer are taught. By the other rules m is found for each micro-batch by itself.
     kept: int64 [student width], which of the teacher's dimensions a narrower student has left; W begins as the identity on those.
     """
 
     def __init__(
-        self, taught: Sequence[int], teacher_width: int, *, rule: LayerMapping = "ordered", learners: Sequence[int] = (), kept: Tensor | None = None
+        self, taught: Sequence[int], teacher_width: int, *, rule: LayerMapping = "ordered", left: Sequence[bool] = (), kept: Tensor | None = None
     ):
         super().__init__()
+        assert left or rule != "fixed", "rule fixed goes by the layers left"
         self.rule = rule
-        self.taught, self.learners = evenly(taught, learners) if rule == "fixed" else (tuple(taught), ())
+        self.taught, self.learners = evenly(taught, left) if rule == "fixed" else (tuple(taught), ())
         kept = torch.arange(teacher_width) if kept is None else kept.cpu()
         self.transform = nn.Linear(len(kept), teacher_width)
         with torch.no_grad():
@@ -71,15 +77,14 @@ class LayerDistillation(nn.Module):
         """
         real = attention_mask.bool()
         goals = torch.stack([teacher[layer][real] for layer in self.taught]).float()
-        learners = self.learners or range(len(student))
-        made = self.transform(torch.stack([student[layer][real] for layer in learners])).float()
-        matched = torch.tensor(learners, device=made.device)
-        if not self.learners:
-            with torch.no_grad():
-                distances = torch.cdist(goals.flatten(1), made.flatten(1))  # in the order of the mean squares
-            matched = match(distances, self.rule, alive)
-            made = made[matched]
-        return F.mse_loss(made, goals) * len(goals), matched
+        states = [student[layer] for layer in self.learners] or student
+        made = self.transform(torch.stack([state[real] for state in states])).float()
+        if self.learners:
+            return F.mse_loss(made, goals) * len(goals), torch.tensor(self.learners, device=made.device)
+        with torch.no_grad():
+            distances = torch.stack([torch.stack([F.mse_loss(state, goal) for state in made]) for goal in goals])
+        matched = match(distances, self.rule, alive)
+        return F.mse_loss(made[matched], goals) * len(goals), matched
 
 
 def match(distances: Tensor, rule: LayerMapping, alive: Tensor | None = None) -> Tensor:

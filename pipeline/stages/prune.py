@@ -251,8 +251,8 @@ class _Pruning:
         settings, layers = self.settings.distillation, None
         if self.taught:
             rule = settings.recovery_mapping if masks is None else settings.mapping
-            learners = [number for number, left in enumerate(layers_left(student.config)) if left] or [len(self.dense.config.heads_per_layer) - 1]
-            layers = LayerDistillation(self.taught, self.dense.config.hidden_size, rule=rule, learners=learners, kept=kept)
+            width, left = self.dense.config.hidden_size, layers_left(student.config)
+            layers = LayerDistillation(self.taught, width, rule=rule, left=left, kept=kept)
         objective = Distillation(self.teacher, settings, masks, layers, heads)
         student.get_input_embeddings().requires_grad_(not training.freeze_embeddings)
         return train(

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from pipeline.compression import surgery
 from pipeline.compression.distillation import Distillation, output_loss, prediction_loss
-from pipeline.compression.layer_distillation import LayerDistillation, match, teacher_layers
+from pipeline.compression.layer_distillation import LayerDistillation, layers_left, match, teacher_layers
 from pipeline.compression.masks import Masks
 from pipeline.compression.settings import DistillationSettings, SparsitySettings
 from pipeline.compression.sparsity import Prunable
@@ -166,24 +167,31 @@ def test_layers_are_matched_as_intended_and_as_coded(rule, alive, expected):
 
 
 @pytest.mark.parametrize(
-    ("learners", "taught", "learning"),
+    ("left", "taught", "learning"),
     [
-        (range(12), (2, 5, 8, 11), (2, 5, 8, 11)),
-        (range(2), (5, 11), (0, 1)),
-        ([0, 4, 9], (5, 8, 11), (0, 4, 9)),
-        ([1, 2, 3, 5, 7], (2, 5, 8, 11), (2, 3, 5, 7)),
-        ([3], (11,), (3,)),
+        ([True] * 12, (2, 5, 8, 11), (2, 5, 8, 11)),
+        ([True] * 2, (5, 11), (0, 1)),
+        ([True, False, False, False, True, False, False, False, False, True, False, False], (5, 8, 11), (0, 4, 9)),
+        ([False, True, True, True, False, True, False, True], (2, 5, 8, 11), (2, 3, 5, 7)),
+        ([False, True, False], (11,), (1,)),
+        ([False, False], (11,), (1,)),
     ],
 )
-def test_what_is_left_learns_one_for_one_and_the_last_from_the_last(learners, taught, learning):
-    module = LayerDistillation((2, 5, 8, 11), 4, rule="fixed", learners=learners)
+def test_what_is_left_learns_one_for_one_and_the_last_from_the_last(left, taught, learning):
+    module = LayerDistillation((2, 5, 8, 11), 4, rule="fixed", left=left)
     assert (module.taught, module.learners) == (taught, learning)
-    teacher, student = states(1, layers=12), states(2, layers=12)
-    loss, matched = module(teacher, student, torch.ones(2, 5), torch.zeros(12).bool())
+    teacher, student = states(1, layers=12), states(2, layers=len(left))
+    loss, matched = module(teacher, student, torch.ones(2, 5))
     assert matched.tolist() == list(learning)
-    assert loss.item() == pytest.approx(
-        sum((teacher[a] - student[j]).square().mean() for a, j in zip(taught, learning, strict=True)).item(), rel=1e-5
-    )
+    expected = sum((teacher[a] - student[j]).square().mean() for a, j in zip(taught, learning, strict=True))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_layers_without_head_and_neuron_are_not_left(encoder):
+    masks = {"heads": torch.ones(3, 4), "neurons": torch.ones(3, 48)}
+    masks["heads"][[0, 1]] = 0
+    masks["neurons"][[1, 2]] = 0
+    assert layers_left(surgery.remove(encoder(), masks).config) == [True, False, True]
 
 
 def states(seed, layers=3, rows=2, length=5, width=4):
@@ -212,7 +220,7 @@ def test_gradient_flows_through_the_matched_layers_alone_and_trains_the_map():
 
 def test_a_narrower_student_starts_from_the_dimensions_it_has_left():
     teacher, kept = states(1), torch.tensor([0, 3])
-    loss, _ = LayerDistillation((2,), 4, rule="fixed", learners=range(3), kept=kept)(teacher, teacher[..., kept], torch.ones(2, 5))
+    loss, _ = LayerDistillation((2,), 4, rule="fixed", left=[True] * 3, kept=kept)(teacher, teacher[..., kept], torch.ones(2, 5))
     assert loss.item() == pytest.approx(teacher[2][..., [1, 2]].square().mean().item() / 2, rel=1e-5)
 
 
