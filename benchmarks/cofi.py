@@ -12,9 +12,10 @@ cofi-fast the same, to layers --speed-up times as fast, by a table of one row an
 one-shot  heads and neurons by first-order importance, each target by itself
 student   two or three whole layers of the teacher with fewer heads and neurons, as many parameters as the target leaves
 
-Each distils from the teacher (outputs and layers) and recovers after the removal: cofi for --recovery-steps; one-shot and student for as long as
-cofi's masking up to that target and its recovery took together, or for --baseline-steps; one-shot-short for --recovery-steps only. A thread an arm;
-core-minutes are the time in training steps, without the scoring in between. Kept: the share of the teacher's score. Speed-ups are of the layers,
+Each distils from the teacher (outputs and layers), of --augment copies of each training example too, and recovers after the removal: cofi for
+--recovery-steps; one-shot and student for as long as cofi's masking up to that target and its recovery took together, or for --baseline-steps;
+one-shot-short for --recovery-steps only. A thread an arm; core-minutes are the time in training steps, without the scoring in between or what the
+teacher says, which is written down before. Kept: the share of the teacher's score. Speed-ups are of the layers,
 rows of 128 tokens without padding, 1 and 128 of them, models in turn, the first seed's, as they are and compiled; parameters those of the blocks,
 and of the whole model. Scores are of the development split; MRPC and RTE have none, a tenth of train is held out by seed.
 """
@@ -135,6 +136,11 @@ class Run:
         return {"layers": layers, "heads": heads, "ffn": int(neurons)}
 
     @property
+    def augment(self) -> int:
+        """Copies of each training example; questions have none."""
+        return 0 if self.task == "SQuAD" else int(self.options.augment)
+
+    @property
     def teacher(self) -> Any:
         return build.load(self._artifact("teacher", "finetune").path / "model", head="qa" if self.task == "SQuAD" else "classification")
 
@@ -190,7 +196,8 @@ class Run:
         if stage == "prune":
             masked, recovered = self._epochs(options.steps), self._epochs(options.recovery_steps)
             recovery = {"epochs": recovered, "lr": options.recovery_lr, **once} | settings.get("recovery", {})
-            given = {"distillation": {"record": task.record}, **settings, "recovery": recovery}
+            distillation = {"record": task.record * (1 + self.augment), **({"augment": self.augment} if self.augment else {})}
+            given = {"distillation": distillation, **settings, "recovery": recovery}
             content["prune"] = {"epochs": masked, "lr": options.lr, **once, **given}
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         log = self.options.work / "logs" / f"{path.stem}.txt"
@@ -202,10 +209,10 @@ class Run:
             raise UserError(f"{path.stem}: trimline {stage} failed, see {log}")
 
     def _epochs(self, steps: int) -> float:
-        """Of the training split, in so many steps."""
+        """Of the training split and its copies, in so many steps."""
         task = TASKS[self.task]
         examples = round(self._artifact("teacher", "finetune").metrics["steps"] * task.rows / task.epochs)
-        return steps * task.rows / examples
+        return steps * task.rows / examples / (1 + self.augment)
 
     def _artifact(self, arm: str, stage: str) -> Any:
         steps = workflow.resolve(recipes.load(self._recipe(arm)))
@@ -401,6 +408,7 @@ def main() -> None:
     parser.add_argument(
         "--baseline-steps", type=int, nargs=2, metavar=("ONE-SHOT", "STUDENT"), help="of recovery, where cofi's time says nothing, as on a shared GPU"
     )
+    parser.add_argument("--augment", type=int, default=0, help="copies of each training example that every arm learns from too, of SQuAD none")
     parser.add_argument("--lr", type=float, default=2e-4, help="of the masked student")
     parser.add_argument("--recovery-lr", type=float, default=5e-4)
     parser.add_argument("--mask-lr", type=float, default=0.05)

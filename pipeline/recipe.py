@@ -146,6 +146,8 @@ class Recipe(Settings):
             raise ValueError("prune.time_budget: the masks reach their target by steps, not by time; leave it out (prune.recovery may have one)")
         if self.finetune and self.finetune.task.squad and prune.distillation.teacher_outputs:
             raise ValueError("prune.distillation.teacher_outputs holds logits of labels; finetune.task is squad: leave it out")
+        if self.finetune and self.finetune.task.squad and prune.distillation.augment:
+            raise ValueError("prune.distillation.augment exchanges words, also those of answers; finetune.task is squad: leave it out")
         if sparsity.shape and prune.multiple_of > 1:
             raise ValueError("prune.multiple_of rounds widths, which sparsity.shape says exactly; leave one of them out")
         if prune.method == "student" and (sparsity.shape is None or sparsity.shape.hidden is not None):

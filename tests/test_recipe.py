@@ -145,6 +145,14 @@ def test_a_key_given_twice_is_refused(written):
         (GOOD + "finetune: {}\nprune: {sparsity: {units: [heads, heads]}}\n", "units ['heads', 'heads']: name each once"),
         (GOOD + "finetune: {}\nprune: {method: one-shot, sparsity: {head_share: null}}\n", "sparsity.head_share is null"),
         (GOOD + "finetune: {}\nprune: {method: one-shot, sparsity: {units: [heads]}}\n", "prune.method one-shot ranks heads and neurons"),
+        (
+            GOOD + "finetune: {}\nprune: {distillation: {teacher_outputs: x.npz, layers: 0, augment: 5}}\n",
+            "augment: 5 has the teacher speak of new texts",
+        ),
+        (
+            GOOD + "finetune: {task: {squad: {train: a, dev: b}}}\nprune: {distillation: {augment: 5}}\n",
+            "prune.distillation.augment exchanges words, also those of answers; finetune.task is squad",
+        ),
         (GOOD + "finetune: {}\nprune: {distillation: {teacher_outputs: x.npz}}\n", "layers: 0.5 learns a teacher's hidden states"),
         (GOOD + "finetune: {}\nprune: {method: student}\n", "say how small by sparsity.shape: {layers, heads, ffn}"),
         (GOOD + "finetune: {}\nprune: {distillation: {prediction: 0, layers: 0}}\n", "nothing is learnt; give one of them a weight"),

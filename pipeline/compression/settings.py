@@ -38,6 +38,12 @@ class DistillationSettings(Settings):
         0.0, "Weight, in the recovery, of attention's scores before the softmax, which each head left learns from the head it was.", ge=0
     )
     hard_labels: float = setting(0.0, "Weight of the loss of the true labels.", ge=0)
+    augment: int = setting(
+        0,
+        "So many copies of each training example, in which words give way to others like them, are learnt from too, as TinyBERT does: it helps where"
+        " labelled text is scarce. Passes over the training split are so much longer.",
+        ge=0,
+    )
     record: float = setting(
         4.0,
         "What the teacher says of each training row is written down once, its hidden states in fp16, where it takes no more disk than this; else, or"
@@ -50,6 +56,8 @@ class DistillationSettings(Settings):
     def _learns(self) -> DistillationSettings:
         if not self.prediction + self.layers + self.hard_labels:
             raise ValueError("prediction, layers and hard_labels are all 0: nothing is learnt; give one of them a weight")
+        if self.teacher_outputs and self.augment:
+            raise ValueError(f"augment: {self.augment} has the teacher speak of new texts, of which teacher_outputs has nothing: set augment: 0")
         if self.teacher_outputs and self.teacher:
             raise ValueError("teacher and teacher_outputs are two teachers; give one")
         for name, what in (("layers", "hidden states"), ("attention", "attention")):

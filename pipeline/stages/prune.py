@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from pipeline.objectives.base import Trainee
 from pipeline.recipe import TaskTrainSettings
 from pipeline.tasks import metrics
 from pipeline.tasks import task as tasks
+from pipeline.tasks.augmentation import augmented
 from pipeline.tasks.batches import TaskBatches
 from pipeline.tasks.task import Task
 from pipeline.training import engine
@@ -48,8 +50,8 @@ from pipeline.workflow import Work
 MASKING, MASKED, REMOVED, RECOVERY = "masking", "masked", "removed", "recovery"
 """Below the scratch directory of each goal, to resume from: checkpoints, the student with its masks apart, the best model after the removal,
 checkpoints."""
-SAID = "teacher"
-"""Below the scratch directory: what the teacher says of each training row."""
+SAID, TEXTS = "teacher", "augmented.json"
+"""Below the scratch directory: what the teacher says of each training row; the task with copies of training examples."""
 MASKS, CHOICE = "masks.safetensors", "choice.json"
 """Beside the removed model: the masks it was removed by, and how they came about."""
 
@@ -87,6 +89,7 @@ class _Pruning:
             surgery.check_dimensions(self.dense.config)
         if not self.task.splits["dev"]:
             raise UserError(f"{work.input('finetune') / 'task.json'}: the development split is empty, the best student could not be told")
+        self.examples = self._examples()
         self.taught: tuple[int, ...] = ()
         self.teacher = self._teacher()
         self.goals = self._goals()
@@ -129,7 +132,7 @@ class _Pruning:
     def _ranked(self, goal: Goal) -> dict[str, Tensor]:
         """Units by what the labels' loss loses without them, the best of them kept."""
         settings = self.settings
-        batches = self.rows(settings.micro_batch_size)
+        batches = TaskBatches(self.task.splits["train"], self.tokenizer, self.task, settings.micro_batch_size, self.seed)
         count = math.ceil(min(settings.one_shot.examples, len(batches.lengths)) / settings.micro_batch_size)
         rows = ({name: torch.from_numpy(array).to(self.device) for name, array in batches.batch(number).items()} for number in range(count))
         model = self._load(self.finetuned).to(self.device)  # type: ignore[arg-type]
@@ -228,7 +231,7 @@ class _Pruning:
         return self.rows(training.batch_size, by_length=training.group_by_length)
 
     def rows(self, batch_size: int, *, by_length: bool = False) -> TaskBatches:
-        return TaskBatches(self.task.splits["train"], self.tokenizer, self.task, batch_size, self.seed, by_length=by_length)
+        return TaskBatches(self.examples, self.tokenizer, self.task, batch_size, self.seed, by_length=by_length)
 
     def score(self, model: Any) -> float:
         """By the task's own metric, on the development split."""
@@ -280,6 +283,19 @@ class _Pruning:
             targets.measured(sparsity, self.dense.config, path, self.device)
         self.work.ranks.barrier()
         return targets.goals(sparsity, self.prunable, Table.open(path) if timed else None)
+
+    def _examples(self) -> Sequence[Any]:
+        """What is learnt from: the training split, and the copies of it that were asked for, made once, that ranks and what resumes have the same."""
+        copies, path = self.settings.distillation.augment, self.work.scratch / TEXTS
+        if not copies or not isinstance(self.task, Task):
+            return self.task.splits["train"]
+        if self.work.ranks.first and not path.is_file():
+            embeddings: Any = self.dense.get_input_embeddings()
+            found = augmented(self.task.splits["train"], self.tokenizer, embeddings.weight.detach(), copies, self.seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace(self.task, splits={"train": found}).save(path)
+        self.work.ranks.barrier()
+        return tasks.open(path).splits["train"]
 
     def _teacher(self) -> TrimlinePreTrainedModel | Recorded:
         settings = self.settings.distillation

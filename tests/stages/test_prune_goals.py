@@ -6,14 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.artifacts import Artifact
+from pipeline.compression import teachers
 from pipeline.compression.latency import Table
 from pipeline.errors import UserError
 from pipeline.models import build, export
 from pipeline.models.size import block_parameters
 from pipeline.recipe import Recipe
 from pipeline.stages import evaluate, prune
+from pipeline.tasks import task as tasks
 from pipeline.workflow import Work
 
 ALL = ["attention", "feedforward", "heads", "neurons", "hidden"]
@@ -75,14 +78,23 @@ def test_any_units_alone_or_together(run, finetuned, units):
 
 
 @pytest.mark.parametrize("method", ["cofi", "one-shot"])
-def test_a_speed_up_on_this_machine(run, method):
+def test_a_speed_up_on_this_machine(run, monkeypatch, method):
+    measure = Table.measure
+
+    def as_of_another_machine(*arguments, **options):
+        """What is measured differs from call to call."""
+        table = measure(*arguments, **options)
+        attention = tuple(bool(heads) * (0.2 + 0.2 * heads) for heads in table.heads)
+        return replace(table, attention=(attention,), feedforward=(tuple(bool(count) * (0.2 + count / 80) for count in table.neurons),))
+
+    monkeypatch.setattr(Table, "measure", as_of_another_machine)
     work, figures = run(method=method, sparsity={"speed_up": 2, "units": LAYERS, "timing": {"rows": 4, "length": 16, "threads": 1}})
     assert figures["target_speed_up"] == 2
     config, table = build.load(work.directory / "model", head="classification").config, Table.open(work.scratch / "latency.json")
     time = sum(table.attention[0][heads] for heads in config.heads_per_layer)
     time += np.interp(config.ffn_per_layer, table.neurons, table.feedforward[0]).sum()
     assert figures["predicted_speed_up"] == pytest.approx(table.dense / time, abs=0.01)  # whatever the masks' values
-    assert 2 <= figures["predicted_speed_up"] < 3  # of blocks this small only whole ones take time away
+    assert 2 <= figures["predicted_speed_up"] < 2.4
     assert "expected_sparsity" not in figures
 
 
@@ -125,6 +137,25 @@ def test_a_smaller_student_begins_as_evenly_spaced_layers(run, finetuned):
     assert losses["attention"] > 0
     assert {name: number for name, number in losses.items() if "matched" in name} == {"matched_2": 1}  # its one layer learns the last
     assert last["loss"] == pytest.approx(0.5 * losses["distill"] + 0.5 * losses["layers"] + 5 * losses["attention"])
+
+
+def test_copies_of_the_examples_are_learnt_from_and_rank_nothing(run, finetuned, tmp_path):
+    once = {"method": "one-shot", "one_shot": {"examples": 128}}
+    work, figures = run(**once, distillation={"augment": 2})
+    said = teachers.recorded(work.scratch / prune.SAID, prune._Pruning(work).rows(32), (0, 1))
+    assert len(said._logits) == 3 * 512
+    copies = tasks.open(work.scratch / prune.TEXTS).splits["train"]
+    assert copies[:512] == finetuned.task.splits["train"]
+    assert sum(a.text != b.text for a, b in zip(copies[512:1024], copies[:512], strict=True)) > 450
+    tokens = finetuned.tokenizer(copies[700].text, return_tensors="pt")
+    assert torch.allclose(said._logits[700], finetuned.model.eval()(**tokens).logits[0], atol=1e-4)
+    records = (work.logs / "0.6" / "recovery" / "metrics.jsonl").read_text().splitlines()
+    assert len(records) == 3 * 512 // 32
+    assert figures["dev_accuracy_recovered"] > 0.8
+    (tmp_path / "made").rename(tmp_path / "with")
+    without, _ = run(**once)
+    kept = [load_file(directory / "scratch" / "0.6" / prune.REMOVED / prune.MASKS) for directory in (tmp_path / "with", without.directory)]
+    assert all(torch.equal(kept[0][unit], kept[1][unit]) for unit in kept[1])
 
 
 def test_a_black_box_teaches_by_its_outputs(run, finetuned, tmp_path):
