@@ -308,10 +308,12 @@ class _Pruning:
         if settings.layers:
             self.taught = teacher_layers(len(teacher.config.heads_per_layer))
         rows = self.rows(self.settings.micro_batch_size)
-        if settings.attention or teachers.size(teacher, rows, self.taught) > settings.record * 2**30:
+        gib = teachers.size(teacher, rows, self.taught) / 2**30
+        if settings.attention or gib > settings.record:
             return teacher
         said = self.work.scratch / SAID
         if self.work.ranks.first and not said.is_dir():
+            print(f"prune: what the teacher says of {len(rows.lengths):,} rows is written down once, {gib:.2f} GiB", flush=True)
             teachers.record(teacher, rows, self.taught, said, self.device)
         self.work.ranks.barrier()
         return teachers.recorded(said, rows, self.taught)
