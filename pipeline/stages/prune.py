@@ -310,6 +310,12 @@ class _Pruning:
         rows = self.rows(self.settings.micro_batch_size)
         gib = teachers.size(teacher, rows, self.taught) / 2**30
         if settings.attention or gib > settings.record:
+            if self.work.ranks.first and not settings.attention:
+                print(
+                    f"prune: what the teacher says of {len(rows.lengths):,} rows takes {gib:.2f} GiB, more than distillation.record, "
+                    f"{settings.record:g}: it runs in every step",
+                    flush=True,
+                )
             return teacher
         said = self.work.scratch / SAID
         if self.work.ranks.first and not said.is_dir():

@@ -62,13 +62,14 @@ def test_what_the_teacher_says_is_written_down_once_as_it_would_say_it(finetuned
         torch.testing.assert_close(mine[real], theirs[real], atol=2e-3, rtol=1e-3)
 
 
-def test_a_teacher_too_large_to_write_down_runs_and_frozen_embeddings_stay(finetuned, pruned, tmp_path):
+def test_a_teacher_too_large_to_write_down_runs_and_frozen_embeddings_stay(finetuned, pruned, tmp_path, capsys):
     settings, frozen = finetuned.recipe.prune, {"freeze_embeddings": True}
     parts = {"distillation": settings.distillation.model_copy(update={"record": 0.0}), "recovery": settings.recovery.model_copy(update=frozen)}
     recipe = finetuned.recipe.model_copy(update={"prune": settings.model_copy(update=parts | frozen)})
     work = Work("prune", recipe, {"finetune": finetuned.artifact}, tmp_path, tmp_path / "logs")
     figures = prune.run(work)
     assert not (work.scratch / "teacher").exists()
+    assert "more than distillation.record, 0: it runs in every step" in capsys.readouterr().out
     before, after = (model.get_input_embeddings().weight for model in (finetuned.model, build.load(tmp_path / "model", head="classification")))
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert figures["dev_accuracy_recovered"] > figures["dev_accuracy_teacher"] - 0.05
