@@ -124,7 +124,7 @@ class Run:
         return {"epochs": self._epochs(self.options.baseline_steps[method == "student"])}
 
     def _masks(self, units: list[str]) -> dict[str, Any]:
-        given = ("mask_lr", "gate_lr_ratio", "warmup_ratio")
+        given = ("mask_lr", "gate_lr_ratio", "warmup_ratio", "head_share")
         return {"units": units, "evaluate_every": 100.0, **{name: getattr(self.options, name) for name in given}}
 
     def shape(self, target: float) -> dict[str, int]:
@@ -414,6 +414,7 @@ def main() -> None:
     parser.add_argument("--mask-lr", type=float, default=0.05)
     parser.add_argument("--gate-lr-ratio", type=float, default=0.2)
     parser.add_argument("--warmup-ratio", type=float, default=0.4, help="of the masking's steps, over which the target rises")
+    parser.add_argument("--head-share", type=float, default=0.5, help="of cofi: of what is kept, attention's")
     parser.add_argument("--speed-up", type=float, default=10.5, help="of cofi-fast, by the table; measured it comes out a twentieth lower")
     parser.add_argument("--repeats", type=int, default=5, help="of timing; 0: no times")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
