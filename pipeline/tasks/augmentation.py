@@ -1,13 +1,14 @@
 """More texts for a teacher to speak of: copies of training examples in which words give way to others like them.
 
-As TinyBERT has it (Jiao et al. 2020, algorithm 1). There words like a word are GloVe's nearest or what a masked language model puts there; here
-the nearest by the model's own token embeddings, among words of the training split that are one token.
+As TinyBERT has it (Jiao et al. 2020, algorithm 1). There words like a word are GloVe's nearest or what a masked language model puts there; here the
+nearest by the model's own token embeddings, among words of the training split that are one token. And there each place is drawn for itself; here a
+word gives way wherever an example has it, in both of its texts: else hardly a pair of texts that mean the same stays one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXCHANGED, NEAREST = 0.4, 15
-"""The share of the words that give way, and to one of how many (Jiao et al. 2020, section 4.2: p_t and K)."""
+"""The share of an example's words that give way, and to one of how many (Jiao et al. 2020, section 4.2: p_t and K)."""
 
 _WORD = re.compile(r"\w+")
 _AT_ONCE = 1024
@@ -54,19 +55,25 @@ def augmented(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, e
     alike = dict(zip(spelt, _nearest(embeddings[list(spelt)], list(spelt)), strict=True))
     draw = np.random.Generator(np.random.Philox(seed))
 
-    def exchanged(text: str) -> str:
-        chosen = [word for word, drawn in zip(words[text], draw.random(len(words[text])), strict=True) if drawn < EXCHANGED]
-        parts, end = [], 0
-        for word, number in zip(chosen, draw.integers(NEAREST, size=len(chosen)), strict=True):
-            parts += [text[end : word.start], spelt[alike[word.token][number]]]
-            end = word.end
-        return "".join([*parts, text[end:]])
-
     def copy(example: Example) -> Example:
-        pair = None if example.text_pair is None else exchanged(example.text_pair)
-        return replace(example, text=exchanged(example.text), text_pair=pair)
+        pair = [text for text in (example.text, example.text_pair) if text is not None]
+        known = list(dict.fromkeys(word.token for text in pair for word in words[text]))
+        drawn = zip(known, draw.random(len(known)), draw.integers(NEAREST, size=len(known)), strict=True)
+        given = {token: spelt[alike[token][number]] for token, chance, number in drawn if chance < EXCHANGED}
+        text, *other = (_rewritten(text, words[text], given) for text in pair)
+        return replace(example, text=text, text_pair=other[0] if other else None)
 
     return [*examples, *(copy(example) for _ in range(copies) for example in examples)]
+
+
+def _rewritten(text: str, words: Sequence[_Word], given: Mapping[int, str]) -> str:
+    """With what is given in place of these tokens."""
+    parts, end = [], 0
+    for word in words:
+        if word.token in given:
+            parts += [text[end : word.start], given[word.token]]
+            end = word.end
+    return "".join([*parts, text[end:]])
 
 
 def _words(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[_Word]]:

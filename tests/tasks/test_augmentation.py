@@ -63,6 +63,16 @@ def test_what_is_no_word_of_one_token_stays_and_pairs_are_both_copied(embeddings
     assert all(example.text_pair is None for example in made if example not in ours)
 
 
+def test_a_word_of_both_texts_gives_way_in_both_alike(embeddings):
+    both = Example("w1 w2 w3 w4 w1", "w4 (w1) w3, w2", 0)
+    made = [example for example in augmented([*SINGLES, both], tokenizer(), embeddings, 50, seed=1) if example.text_pair is not None]
+    assert len({example.text for example in made}) > 40
+    for example in made:
+        first, second, third, fourth, again = example.text.split()
+        assert first == again
+        assert example.text_pair == f"{fourth} ({first}) {third}, {second}"
+
+
 def test_a_space_counted_to_the_word_behind_it_stays(embeddings):
     """As byte-level tokenizers may count it."""
     made = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"▁{word}": number + 1 for number, word in enumerate(WORDS)}}, unk_token="[UNK]"))
