@@ -196,7 +196,7 @@ class Run:
         if stage == "prune":
             masked, recovered = self._epochs(options.steps), self._epochs(options.recovery_steps)
             recovery = {"epochs": recovered, "lr": options.recovery_lr, **once} | settings.get("recovery", {})
-            distillation = {"record": task.record * (1 + self.augment), **({"augment": self.augment} if self.augment else {})}
+            distillation = {"augment": self.augment, "record": task.record * (1 + self.augment)}
             given = {"distillation": distillation, **settings, "recovery": recovery}
             content["prune"] = {"epochs": masked, "lr": options.lr, **once, **given}
         path.write_text(yaml.safe_dump(content, sort_keys=False))

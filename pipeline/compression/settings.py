@@ -40,8 +40,8 @@ class DistillationSettings(Settings):
     hard_labels: float = setting(0.0, "Weight of the loss of the true labels.", ge=0)
     augment: int = setting(
         0,
-        "So many copies of each training example, in which words give way to others like them, are learnt from too, as TinyBERT does: it helps a"
-        " small student that else learns few examples by heart, and harms where such words change the label, as of grammar. Passes over the training"
+        "So many copies of each training example, in which words give way to others like them, are learnt from too, as TinyBERT does: it may help a"
+        " small student that else learns few examples by heart, and harm where such words change the label, as of grammar. Passes over the training"
         " split are so much longer.",
         ge=0,
     )
