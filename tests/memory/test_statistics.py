@@ -126,7 +126,7 @@ def test_the_loss_without_memory_is_the_models_own():
     found = measure(reader, stream, how(block=11, context=0, temperatures={}))
     with torch.no_grad():
         loss = reader.model(input_ids=torch.from_numpy(stream.tokens[None])).logits[0, :-1].log_softmax(1)
-    assert (found.partition - found.target).tolist() == pytest.approx([-float(loss[i, t]) for i, t in enumerate(stream.tokens[1:])], abs=1e-6)
+    assert (found.partition - found.target).tolist() == pytest.approx([-float(loss[i, t]) for i, t in enumerate(stream.tokens[1:])], abs=1e-5)
 
 
 def test_training_and_testing_with_local_memory_are_one_formula():
@@ -165,7 +165,7 @@ def test_what_comes_later_changes_nothing_of_what_came_before():
     one, two = (measure(reader, each, measurement, store=store) for each in (stream, other))
     before = one.places < changed
     assert before.sum() > 10
-    np.testing.assert_allclose(one.partition[before], two.partition[before], atol=1e-6)
+    np.testing.assert_allclose(one.partition[before], two.partition[before], atol=1e-5)
     for part in TEMPERATURES:
         np.testing.assert_allclose(one.pairs[part][:, before], two.pairs[part][:, before], atol=1e-5)
         assert not np.allclose(one.pairs[part][:, ~before], two.pairs[part][:, ~before], atol=1e-5)
@@ -193,7 +193,7 @@ def test_a_store_with_fewer_entries_than_asked_for_gives_those_it_has():
     reader, stream = decoder(), text()
     few = measure(reader, stream, how(temperatures={"external": (1.0,)}, neighbours=(2, 50)), store=Exact(entries=5)).pairs["external"]
     all_of_them = measure(reader, stream, how(temperatures={"external": (1.0,)}, neighbours=(2, 5)), store=Exact(entries=5)).pairs["external"]
-    np.testing.assert_allclose(few, all_of_them, atol=1e-6)
+    np.testing.assert_allclose(few, all_of_them, atol=1e-5)
     nothing = measure(reader, stream, how(temperatures={"external": (1.0,)}), store=Exact(entries=0)).pairs["external"]
     assert np.isneginf(nothing).all()
 
