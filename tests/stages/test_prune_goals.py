@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from pipeline.artifacts import Artifact
 from pipeline.compression import teachers
 from pipeline.compression.latency import Table
+from pipeline.compression.masks import Masks
 from pipeline.errors import UserError
 from pipeline.models import build, export
 from pipeline.models.size import block_parameters
@@ -39,6 +40,13 @@ def run(finetuned, tmp_path):
 
 def sparsity(model, dense):
     return 1 - block_parameters(model.config) / block_parameters(dense.config)
+
+
+@pytest.mark.parametrize(("expected", "told"), [(0.913, True), (0.945, False), (0.956, False), (0.98, True)])
+def test_masks_that_end_off_their_target_are_told_of_by_what_they_keep(run, monkeypatch, capsys, expected, told):
+    monkeypatch.setattr(Masks, "expected_sparsity", lambda masks: torch.tensor(expected))
+    run(sparsity={"target": 0.95, "units": LAYERS}, epochs=1)
+    assert (f"the masks ended at an expected sparsity of {expected:.3f}, the target is 0.95" in capsys.readouterr().out) == told
 
 
 def test_several_targets_make_a_model_each_and_go_on_from_one_another(run, finetuned, tmp_path):
