@@ -112,7 +112,7 @@ class _Pruning:
         if self.work.ranks.first and abs(expected - goal.share) > MISSED * (1 - goal.share):
             print(
                 f"prune: {goal.name}: the masks ended at an expected sparsity of {expected:.3f}, the target is {goal.share:.3g}; a common threshold "
-                "made up the difference, which costs more than masks that got there: give prune more epochs, or a higher sparsity.mask_lr",
+                "made up the difference; more epochs, or a higher sparsity.mask_lr, bring them nearer",
                 flush=True,
             )
         self.work.ranks.barrier()
