@@ -1,8 +1,11 @@
 """Pruning in one shot: units are ranked by what the loss loses without them, to first order, and the best are kept.
 
-The importance of a unit is the sum over rows x of |dL(x)/dz|, z its mask at 1 (Michel et al. 2019, section 4; Molchanov et al. 2017), normalised
-in each layer, as gradients of layers differ in size. Heads and neurons have budgets of their own: a head is worth more than any neuron but
-costs dozens of times as much, so that one ranking of all by importance per parameter would delete every head, or every neuron.
+The importance of a unit is the sum over rows x of |dL(x)/dz|, z its mask at 1 (Michel et al. 2019, section 4; Molchanov et al. 2017), over the square
+root of its layer's length. Over the whole length, as there, every layer is worth the same, and about as many units of each are left; as they are,
+upper layers, of smaller gradients, keep none. Halfway, layers are left much as trained masks leave them, the lower ones wider.
+
+Heads and neurons have budgets of their own: a head is worth more than any neuron but costs dozens of times as much, so that one ranking of all by
+importance per parameter would delete every head, or every neuron.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ def importance(
     units: Sequence[str] = ("heads", "neurons"),
     add_ranks: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
-    """How much each unit matters: fp64, of `Prunable.shapes`, of length 1 along the last dimension.
+    """How much each unit matters: fp64, of `Prunable.shapes`, 0 or more. Units of a kind compare, over all layers.
 
     loss_of: the sum (not the mean) over a batch's rows of the loss of `model` with these masks; of labels, since what tells it from the teacher
     is flat at the teacher. Every row's gradient has its own absolute value, so that batches and ranks may cut the data in any way.
@@ -47,7 +50,7 @@ def importance(
     if add_ranks is not None:
         for summed in sums.values():
             add_ranks(summed)
-    return {unit: F.normalize(summed, dim=-1) for unit, summed in sums.items()}
+    return {unit: F.normalize(summed, dim=-1) * summed.norm(dim=-1, keepdim=True).sqrt() for unit, summed in sums.items()}
 
 
 def choose(

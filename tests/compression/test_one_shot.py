@@ -44,7 +44,7 @@ def test_importance_is_that_of_a_loop_over_rows(encoder, norm):
             (gradient,) = torch.autograd.grad(loss_of(model, {unit: mask}, row), mask)
             sums[unit] += gradient.abs()
     for unit in UNITS:
-        torch.testing.assert_close(found[unit].float(), sums[unit] / sums[unit].norm(dim=-1, keepdim=True), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[unit].float(), sums[unit] / sums[unit].norm(dim=-1, keepdim=True).sqrt(), rtol=1e-3, atol=1e-5)
         assert found[unit].min() >= 0
 
 
