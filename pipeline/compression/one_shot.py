@@ -2,7 +2,8 @@
 
 The importance of a unit is the sum over rows x of |dL(x)/dz|, z its mask at 1 (Michel et al. 2019, section 4; Molchanov et al. 2017), over the square
 root of its layer's length. Over the whole length, as there, every layer is worth the same, and about as many units of each are left; as they are,
-upper layers, of smaller gradients, keep none. Halfway, layers are left much as trained masks leave them, the lower ones wider.
+upper layers, of smaller gradients, keep next to none. Halfway, layers are left much as trained masks leave them, the lower ones wider. Where layers
+have an importance of their own, which multiplies that of their units, those are over the whole length.
 
 Heads and neurons have budgets of their own: a head is worth more than any neuron but costs dozens of times as much, so that one ranking of all by
 importance per parameter would delete every head, or every neuron.
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.compression.shapes import highest, round_up
-from pipeline.compression.sparsity import Prunable, Removed, within_layers
+from pipeline.compression.sparsity import FINE, Prunable, Removed, within_layers
 from pipeline.errors import UserError
 from pipeline.models.modeling_trimline import Masks, TrimlinePreTrainedModel
 from pipeline.objectives.base import Batch
@@ -50,7 +51,9 @@ def importance(
     if add_ranks is not None:
         for summed in sums.values():
             add_ranks(summed)
-    return {unit: F.normalize(summed, dim=-1) * summed.norm(dim=-1, keepdim=True).sqrt() for unit, summed in sums.items()}
+    found = {unit: F.normalize(summed, dim=-1) for unit, summed in sums.items()}
+    weighed = {fine for layer, fine in FINE.items() if fine in units and layer not in units}
+    return found | {unit: found[unit] * sums[unit].norm(dim=-1, keepdim=True).sqrt() for unit in weighed}
 
 
 def choose(
