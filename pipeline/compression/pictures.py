@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KEPT, GONE = "tab:blue", "0.9"
+TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 70, 100)
+"""Of speed-up: one at least beside any point."""
 
 
 def structure_figure(structure: Structure, title: str = "") -> Figure:
@@ -70,13 +72,13 @@ def trade_off_figure(points: Sequence[Point], *, metric: str, teacher: float | N
         panel.axhline(teacher, color="0.3", linewidth=1, label="teacher")
         panel.axhline(0.9 * teacher, color="0.3", linewidth=1, linestyle="--", label="90 % of it")
     panel.set_xscale("log")
-    low, high = min(point.speed_up for point in points), max(point.speed_up for point in points)
-    ticks = [tick for tick in (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100) if low / 1.3 <= tick <= high * 1.3]
-    panel.set_xticks(ticks)
+    left, right = min(point.speed_up for point in points) / 1.3, max(point.speed_up for point in points) * 1.3
+    panel.set_xlim(left, right)
+    panel.set_xticks([tick for tick in TICKS if left <= tick <= right])
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.set(xlabel="speed-up of the encoder", ylabel=metric)
-    panel.margins(0.12)
+    panel.margins(y=0.12)
     panel.grid(alpha=0.3)
     panel.legend(fontsize="small")
     return figure

@@ -83,6 +83,14 @@ def test_the_trade_off_has_a_line_a_method_and_the_teachers():
     assert [line.get_ydata()[0] for line in teacher] == [90.0, 81.0]
 
 
+@pytest.mark.parametrize("speed_up", [0.8, 1.1, 1.82, 2.5, 7.0, 17.5, 25.0, 40.0, 85.0])
+def test_one_model_alone_has_a_number_beside_it(speed_up):
+    (panel,) = trade_off_figure([Point("cofi", "", speed_up, 0.55)], metric="accuracy", teacher=0.54).axes
+    left, right = panel.get_xlim()
+    assert left < speed_up < right
+    assert any(left <= tick <= right for tick in panel.get_xticks())
+
+
 def test_pictures_are_drawn(tmp_path):
     for name, figure in (
         ("structure", structure_figure(structure(masks_of_all(), MODEL), "a title")),
