@@ -143,6 +143,14 @@ class Recipe(Settings):
 
     def _check_prune(self, prune: PruneSettings) -> None:
         sparsity = prune.sparsity
+        upstream = self.pretrain.sparsity if self.pretrain else None
+        if upstream and (upstream.shape is None or (self.model.from_ is None and upstream.shape.heads < self.model.heads)):
+            raise ValueError(
+                "prune takes layers that are whole and alike, which pretrain.sparsity does not leave; give pretrain.sparsity.shape with all heads, or"
+                " leave prune out"
+            )
+        if prune.recovery.ranks > 1:
+            raise ValueError("prune.recovery.ranks: the recovery runs on the ranks of prune; set prune.ranks")
         if prune.time_budget is not None:
             raise ValueError("prune.time_budget: the masks reach their target by steps, not by time; leave it out (prune.recovery may have one)")
         if self.finetune and self.finetune.task.squad and prune.distillation.teacher_outputs:
@@ -235,6 +243,8 @@ class Recipe(Settings):
         objective = pretrain.objective
         if not isinstance(objective, MlmSettings | DistillSettings | CausalSettings) or (isinstance(objective, CausalSettings) and objective.chunk):
             raise ValueError(f"pretrain.sparsity prunes under mlm, distill and causal without chunk, not under this {objective.name}; leave it out")
+        if isinstance(objective, DistillSettings) and objective.attention:
+            raise ValueError("pretrain.sparsity has masks on heads, whose attention objective.attention would teach: set objective.attention: 0")
         if pretrain.notes:
             raise ValueError("pretrain.sparsity and pretrain.notes both act beside the model; leave one of them out")
         if sparsity.speed_up or (len(sparsity.target) > 1 and not sparsity.shape):

@@ -193,8 +193,9 @@ def check(recipe: Recipe, stage: str, size: int) -> Step:
 def trainings(recipe: Recipe, stage: str) -> list[TrainSettings]:
     """The optimisations of a stage in order, all on the same ranks; none where it does not train."""
     settings = getattr(recipe, stage)
-    both = [settings, settings.recovery] if isinstance(settings, PruneSettings) else [settings]
-    return [training for training in both if isinstance(training, TrainSettings)]
+    if isinstance(settings, PruneSettings):
+        return [settings, settings.recovery] if settings.method == "cofi" else [settings.recovery]
+    return [settings] if isinstance(settings, TrainSettings) else []
 
 
 def division(recipe: Recipe, stage: str, training: TrainSettings, size: int) -> tuple[int, int]:

@@ -136,10 +136,21 @@ def test_a_key_given_twice_is_refused(written):
         (GOOD + "  sparsity: {target: [0.5, 0.6]}\n", "takes one target, or a shape"),
         (GOOD + "  sparsity: {}\n  notes: {}\n", "both act beside the model"),
         (GOOD + "  sparsity: {}\n  time_budget: 5\n", "reach their target by steps"),
+        (
+            GOOD.replace("mlm", "distill, attention: 1") + "  sparsity: {}\nmodel: {from: x}\n",
+            "masks on heads, whose attention objective.attention would teach: set objective.attention: 0",
+        ),
+        (GOOD + "  sparsity: {}\nfinetune: {}\nprune: {}\n", "prune takes layers that are whole and alike, which pretrain.sparsity does not leave"),
+        (
+            GOOD + "  sparsity: {shape: {layers: 2, heads: 2, ffn: 64}}\nfinetune: {}\nprune: {}\n",
+            "prune takes layers that are whole and alike, which pretrain.sparsity does not leave",
+        ),
+        (GOOD + "finetune: {}\nprune: {recovery: {ranks: 2}}\n", "prune.recovery.ranks: the recovery runs on the ranks of prune; set prune.ranks"),
         (GOOD + "model: {hidden: 30, heads: 4}\n", "hidden 30 is not a multiple of heads 4"),
         (GOOD + "prune: {}\n", "prune needs finetune"),
         (GOOD + "finetune: {}\nprune: {time_budget: 5}\n", "prune.time_budget: the masks reach their target by steps"),
         (GOOD + "finetune: {}\nprune: {sparsity: {target: [0.8, 0.6]}}\n", "target [0.8, 0.6]: give one or more, each above the one before"),
+        (GOOD + "finetune: {}\nprune: {sparsity: {target: null}}\n", "target []: give one or more, each above the one before"),
         (GOOD + "finetune: {}\nprune: {sparsity: {target: 1.2}}\n", "prune.sparsity.target.0: input should be less than 1, found 1.2"),
         (GOOD + "finetune: {}\nprune: {sparsity: {target: 0.5, speed_up: 2}}\n", "target and speed_up are different things to reach; give one"),
         (GOOD + "finetune: {}\nprune: {sparsity: {units: [heads, heads]}}\n", "units ['heads', 'heads']: name each once"),
@@ -168,6 +179,13 @@ def test_a_key_given_twice_is_refused(written):
 )
 def test_a_recipe_that_cannot_work_is_refused_before_anything_runs(written, text, expected):
     assert expected in refusal(written(text))
+
+
+def test_an_inherited_target_gives_way_to_another_goal(written):
+    path = written(GOOD + "finetune: {}\nprune: {sparsity: {target: 0.8}}\n")
+    for goal in ("speed_up=5", "shape={layers: 2, heads: 4, ffn: 64}"):
+        assert "set what is inherited to null" in refusal(path, f"prune.sparsity.{goal}")
+        recipe.load(path, ["prune.sparsity.target=null", f"prune.sparsity.{goal}"])
 
 
 def test_a_missing_recipe_and_one_that_is_not_utf8_are_told(tmp_path):

@@ -111,6 +111,13 @@ def test_a_recovery_that_the_ranks_of_prune_cannot_divide_is_refused_before_they
         workflow.division(loaded, "prune", recovery, 2)
 
 
+@pytest.mark.parametrize("method", ["one-shot", "student"])
+def test_without_masks_the_recovery_is_all_that_prune_trains(method):
+    overrides = [f"prune.method={method}", "prune.sparsity={shape: {layers: 2, heads: 2, ffn: 64}, units: [attention, heads, neurons]}"]
+    loaded = recipe.load(Path(__file__).parents[1] / "recipes" / "demo.yaml", overrides)
+    assert workflow.trainings(loaded, "prune") == [loaded.prune.recovery]
+
+
 def test_resolving_imports_neither_torch_nor_deepspeed_nor_transformers(path):
     script = (
         "import sys; from pipeline import recipe, workflow, terminal; r = recipe.load(sys.argv[1]); terminal.plan(r, workflow.resolve(r));"

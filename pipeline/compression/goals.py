@@ -15,7 +15,7 @@ from pipeline.compression.latency import Table
 from pipeline.compression.masks import Masks
 from pipeline.compression.settings import SparsitySettings
 from pipeline.compression.shapes import Shape
-from pipeline.compression.sparsity import Prunable, Removed
+from pipeline.compression.sparsity import FINE, Prunable, Removed
 from pipeline.errors import UserError
 from pipeline.models.modeling_trimline import TrimlineConfig
 
@@ -33,11 +33,27 @@ class Goal:
     table: Table | None = None
 
 
-def goals(settings: SparsitySettings, prunable: Prunable, table: Table | None = None) -> list[Goal]:
-    """In the order in which they are reached. table: of the present machine, where speed-ups are asked for.
+def goals(settings: SparsitySettings, prunable: Prunable, table: Table | None = None, *, multiple: int = 1, together: bool = False) -> list[Goal]:
+    """In the order in which they are reached. table: of the present machine, where speed-ups are asked for. multiple: of the widths that stay.
+    together: whether something stays of attention as of feed-forward, not of one of them alone.
 
-    Raises UserError for what the units cannot reach, with the most that they can.
+    Raises UserError for what the units cannot reach, with the most that they can while anything is left.
     """
+    found = _asked(settings, prunable, table)
+    removed, share = found[-1].removed, found[-1].share
+    steps = shapes.steps(multiple, prunable.hidden // prunable.heads)
+    least = {unit: _first(prunable.shapes[unit], steps.get(unit, 1)) for unit in settings.units}
+    whole = [] if together else [{layer, fine} for layer, fine in FINE.items() if {layer, fine} & set(settings.units)]
+    most = max(removed({unit: mask * (unit not in gone) for unit, mask in least.items()}).item() for gone in whole or [set()])
+    if share > most + 1e-6:  # of fp32
+        wanted, can = (f"a speed-up of {1 / (1 - each):.3g}" if table is not None else f"{each:.3g}" for each in (share, most))
+        what = "target shape, of all that can go," if settings.shape else "target"
+        units = ", ".join(settings.units)
+        raise UserError(f"prune: the {what} is {wanted}; sparsity.units {units} make at most {can}; lower the target, or add units")
+    return found
+
+
+def _asked(settings: SparsitySettings, prunable: Prunable, table: Table | None) -> list[Goal]:
     if settings.shape is not None:
         given = settings.shape.model_dump()
         shape = Shape(**{**given, "hidden": given["hidden"] or prunable.hidden})
@@ -46,25 +62,24 @@ def goals(settings: SparsitySettings, prunable: Prunable, table: Table | None = 
         without_heads = prunable.sparsity({**left, "heads": torch.zeros(prunable.shapes["heads"])}).item()
         return [Goal("shape", share, prunable.sparsity, (without_heads - share) / (1 - share), shape)]
     if table is not None:
-        found = [Goal(f"{speed_up:g}x", 1 - 1 / speed_up, table.saved, settings.head_share, table=table) for speed_up in settings.speed_up]
-    else:
-        found = [Goal(f"{target:g}", target, prunable.sparsity, settings.head_share) for target in settings.target]
-    most = found[-1].removed({unit: torch.zeros(prunable.shapes[unit]) for unit in settings.units}).item()
-    if found[-1].share >= most:
-        units = ", ".join(settings.units)
-        wanted, can = (
-            f"a speed-up of {1 / (1 - share):.3g}" if table is not None else f"{share:.3g}" for share in (found[-1].share, min(most, 0.999))
-        )
-        raise UserError(f"prune: the target is {wanted}, sparsity.units are {units}, which all removed make {can}; lower the target, or add units")
-    return found
+        return [Goal(f"{speed_up:g}x", 1 - 1 / speed_up, table.saved, settings.head_share, table=table) for speed_up in settings.speed_up]
+    return [Goal(f"{target:g}", target, prunable.sparsity, settings.head_share) for target in settings.target]
+
+
+def _first(shape: tuple[int, ...], step: int) -> Tensor:
+    """Zeros of that shape but for the first `step`, of heads and neurons in the first layer alone."""
+    mask = torch.zeros(shape)
+    mask[(0,) * (len(shape) - 1)][:step] = 1.0
+    return mask
 
 
 def settle(masks: Masks, goal: Goal, multiple: int) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The masks to remove by, of the goal's shape, or as near its share as widths in multiples allow; and the shifts of log alpha behind them."""
     if goal.shape is not None:
-        kept = shapes.to_shape(masks.scores, goal.shape, masks.prunable)
-        soft = masks.soft()
-        return {unit: torch.where(mask > 0, soft[unit], 0.0) if unit in soft else mask for unit, mask in kept.items()}, {}
+        soft, kept = masks.soft(), shapes.to_shape(masks.scores, goal.shape, masks.prunable)
+        layers = kept["heads"].any(-1).float()
+        stays = {"attention": layers, "feedforward": layers, "hidden": torch.ones_like(layers[:1])} | kept
+        return {unit: mask * soft.get(unit, 1.0) for unit, mask in stays.items() if unit in kept or unit in soft}, {}
     head_dim = masks.prunable.hidden // masks.prunable.heads
     found, shifts = masks.settle(lambda found: shapes.round_up(found, masks.scores, multiple, head_dim))
     return dealt(found, masks.worth(), goal, multiple, head_dim), shifts

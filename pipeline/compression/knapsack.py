@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.compression.latency import Table
-from pipeline.compression.sparsity import FINE
+from pipeline.compression.sparsity import FINE, realised
 
 BINS = 2000
 """That the time to be dealt is cut into."""
@@ -23,7 +23,7 @@ def deal(table: Table, masks: Mapping[str, Tensor], worth: Mapping[str, Tensor],
     """The masks with other numbers of heads and neurons in the layers, which take `share` of the whole encoder's time or less.
 
     Attention and feed-forward have each the part of the time that the masks gave it; of a layer its best units stay. Units without masks of their own
-    stay as they are.
+    stay as they are, and so do all where nothing would be left.
     worth: of heads and neurons, 0 or more. steps: by unit, what their number in a layer is to be a multiple of, where it is not all.
     """
     kept = {unit: (mask > 0).float() for unit, mask in masks.items()}
@@ -43,7 +43,7 @@ def deal(table: Table, masks: Mapping[str, Tensor], worth: Mapping[str, Tensor],
         ranks = worth[fine].argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         best = ranks < torch.from_numpy(counts).to(ranks.device)[:, None]
         found |= {fine: _opened(masks[fine], best)} | ({layer: _opened(masks[layer], best.any(-1))} if layer in masks else {})
-    return found
+    return found if realised(table.saved, found) < 1 else dict(masks)
 
 
 def _fullest(worth: np.ndarray, numbers: np.ndarray, costs: np.ndarray) -> np.ndarray:

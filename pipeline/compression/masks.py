@@ -141,11 +141,13 @@ class Masks(nn.Module):
         The expected sparsity ends near the target, not on it, and the evaluation rule leaves of every unit a few, whatever its masks. So zeros are
         counted at log alpha plus one number for all units, then plus one more for each unit, from the coarsest to the finest, each found by
         bisection: of heads for their own target, where they have one. Which units of a layer go first, and the values of those kept, stay as trained.
+        Something is always left.
         rounded: what becomes of masks before they are used.
         """
 
-        def gone(shifts: Mapping[str, float], removed: Removed) -> float:
-            return realised(removed, rounded(self.deterministic(shifts))).item()
+        def gone(shifts: Mapping[str, float], removed: Removed) -> tuple[float, bool]:
+            found = rounded(self.deterministic(shifts))
+            return realised(removed, found).item(), realised(self.prunable.sparsity, found).item() == 1
 
         units = [unit for unit, _ in self._each()]
         shifts = dict.fromkeys(units, 0.0)
@@ -153,14 +155,14 @@ class Masks(nn.Module):
         for shifted in (units, *([unit] for unit in units if unit not in GATES)):
             part = self.parts.get("heads", whole) if shifted == ["heads"] else whole
             low, high = -20.0, 20.0
-            candidates = [(abs(gone(shifts, part.removed) - part.target), shifts)]
+            candidates = []
             for _ in range(40):
                 middle = (low + high) / 2
                 trial = {unit: shifts[unit] + (middle if unit in shifted else 0.0) for unit in units}
-                sparsity = gone(trial, part.removed)
-                candidates.append((abs(sparsity - part.target), trial))
+                sparsity, empty = gone(trial, part.removed)
+                candidates.append((empty, abs(sparsity - part.target), trial))
                 low, high = (middle, high) if sparsity > part.target else (low, middle)
-            shifts = min(candidates, key=lambda candidate: candidate[0])[1]
+            shifts = min(candidates, key=lambda candidate: candidate[:2])[2]
         return rounded(self.deterministic(shifts)), shifts
 
     def _counts(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,13 +31,12 @@ def importance(
     loss_of: Callable[[Masks, Batch], Tensor],
     *,
     units: Sequence[str] = ("heads", "neurons"),
-    add_ranks: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
     """How much each unit matters: fp64, of `Prunable.shapes`, 0 or more. Units of a kind compare, over all layers.
 
     loss_of: the sum (not the mean) over a batch's rows of the loss of `model` with these masks; of labels, since what tells it from the teacher
-    is flat at the teacher. Every row's gradient has its own absolute value, so that batches and ranks may cut the data in any way.
-    add_ranks: adds up a tensor over all ranks, in place, such as `torch.distributed.all_reduce`. The model is left as it was, without gradients.
+    is flat at the teacher. Every row's gradient has its own absolute value, so that batches may cut the data in any way. The model is left as it
+    was, without gradients.
     """
     shapes = Prunable.of(model.config).shapes
     sums = {unit: torch.zeros(shapes[unit], dtype=torch.float64, device=model.device) for unit in units}
@@ -48,9 +47,6 @@ def importance(
             gradients = torch.autograd.grad(loss_of(masks, batch), list(masks.values()))
             for unit, gradient in zip(units, gradients, strict=True):
                 sums[unit] += gradient.double().abs().sum(0 if unit == "hidden" else 1).view(shapes[unit])
-    if add_ranks is not None:
-        for summed in sums.values():
-            add_ranks(summed)
     found = {unit: F.normalize(summed, dim=-1) for unit, summed in sums.items()}
     weighed = {fine for layer, fine in FINE.items() if fine in units and layer not in units}
     return found | {unit: found[unit] * sums[unit].norm(dim=-1, keepdim=True).sqrt() for unit in weighed}

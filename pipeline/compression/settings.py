@@ -68,8 +68,8 @@ class DistillationSettings(Settings):
 
 
 def _several(value: Any) -> Any:
-    """One is a list of one."""
-    return value if isinstance(value, list | tuple) else (value,)
+    """One is a list of one, null an empty one."""
+    return value if isinstance(value, list | tuple) else () if value is None else (value,)
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -136,9 +136,9 @@ class SparsitySettings(Settings):
     def _one_goal(self) -> SparsitySettings:
         given = [name for name in ("target", "speed_up", "shape") if name in self.model_fields_set and getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are different things to reach; give one of them")
+            raise ValueError(f"{' and '.join(given)} are different things to reach; give one of them, and set what is inherited to null")
         for name, values in (("target", self.target), ("speed_up", self.speed_up)):
-            if list(values) != sorted(set(values)) or (name == "target" and not values):
+            if list(values) != sorted(set(values)) or (name == "target" and not values and not given):
                 raise ValueError(f"{name} {list(values)}: give one or more, each above the one before, since each goes on from there")
         if len(set(self.units)) < len(self.units):
             raise ValueError(f"units {list(self.units)}: name each once")

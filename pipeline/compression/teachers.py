@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,16 @@ def check(teacher: Any, student: Any, labels: Sequence[str] | None, *, layers: b
         raise UserError(f"{theirs.name_or_path}: the student cannot learn from this teacher: {found}")
 
 
+def check_answers(directory: Path) -> None:
+    """Raises UserError where the model there was not trained to find answers in a text: loaded for that, it has a head drawn at random."""
+    architectures = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    if not any(name.endswith("ForQuestionAnswering") for name in architectures):
+        raise UserError(
+            f"{directory}: the student cannot learn from this teacher: it is {', '.join(architectures) or 'a model of no name'} (config.json), not"
+            " one that was trained on questions; give such a one"
+        )
+
+
 def outputs(path: str | Path, examples: int, labels: int) -> Tensor:
     """A black box's logits: fp32 [examples, labels], of `.npz` with an array `logits`, or `.jsonl` with an object of `logits` a line.
 
@@ -156,7 +167,7 @@ def outputs(path: str | Path, examples: int, labels: int) -> Tensor:
         else:
             lines = path.read_text(encoding="utf-8").splitlines()
             found = np.array([json.loads(line)["logits"] for line in lines], dtype=np.float32)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
         what = "an array `logits`" if path.suffix == ".npz" else 'a line {"logits": [..]} for each example'
         raise UserError(f"{path}: not a teacher's outputs ({error!r}); expected {what}") from None
     if found.shape != (examples, labels):

@@ -133,8 +133,9 @@ class _Pruning:
         """Units by what the labels' loss loses without them, the best of them kept."""
         settings = self.settings
         batches = TaskBatches(self.task.splits["train"], self.tokenizer, self.task, settings.micro_batch_size, self.seed)
-        count = math.ceil(min(settings.one_shot.examples, len(batches.lengths)) / settings.micro_batch_size)
-        rows = ({name: torch.from_numpy(array).to(self.device) for name, array in batches.batch(number).items()} for number in range(count))
+        rows = (
+            {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()} for batch in batches.first(settings.one_shot.examples)
+        )
         model = self._load(self.finetuned).to(self.device)  # type: ignore[arg-type]
         found = one_shot.importance(model, rows, partial(label_losses, model), units=settings.sparsity.units)
         if goal.shape is not None:
@@ -258,7 +259,8 @@ class _Pruning:
             layers = LayerDistillation(self.taught, width, rule=rule, left=left, kept=kept)
         objective = Distillation(self.teacher, settings, masks, layers, heads)
         student.get_input_embeddings().requires_grad_(not training.freeze_embeddings)
-        return train(
+        saved, student.config.unpadded = student.config.unpadded, self.work.recipe.model.unpadded
+        summary = train(
             Trainee(student, objective, side=masks),
             batches,
             training,
@@ -271,6 +273,8 @@ class _Pruning:
             title=f"prune to {goal.name}, {phase}",
             watch=watch,
         )
+        student.config.unpadded = saved  # stock directories say nothing of it
+        return summary
 
     def _goals(self) -> list[Goal]:
         """What is to be reached; a speed-up by a table of this machine, which the first rank measures."""
@@ -282,7 +286,9 @@ class _Pruning:
             path.parent.mkdir(parents=True, exist_ok=True)
             targets.measured(sparsity, self.dense.config, path, self.device)
         self.work.ranks.barrier()
-        return targets.goals(sparsity, self.prunable, Table.open(path) if timed else None)
+        times = Table.open(path) if timed else None
+        together = self.settings.method == "one-shot" and sparsity.head_share not in (0, 1)
+        return targets.goals(sparsity, self.prunable, times, multiple=self.settings.multiple_of, together=together)
 
     def _examples(self) -> Sequence[Any]:
         """What is learnt from: the training split, and the copies of it that were asked for, made once, that ranks and what resumes have the same."""
@@ -305,6 +311,10 @@ class _Pruning:
         teacher = self._load(self.finetuned if settings.teacher is None else Path(settings.teacher))
         if settings.teacher is not None:
             teachers.check(teacher, self.dense, labels, layers=settings.layers > 0, heads=settings.attention > 0)
+            build.check_fits(teacher, self.tokenizer, self.task.max_length)
+            if self.task.head == "qa":
+                teachers.check_answers(Path(settings.teacher))
+        teacher.config.unpadded = self.work.recipe.model.unpadded
         if settings.layers:
             self.taught = teacher_layers(len(teacher.config.heads_per_layer))
         rows = self.rows(self.settings.micro_batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +55,11 @@ class TaskBatches:
         first, last = share(self.batch_size, rank, world)
         numbers = self._numbers(step)
         return self.rows(numbers[first:last], width=int(self.lengths[numbers].max()))
+
+    def first(self, count: int) -> Iterator[dict[str, np.ndarray]]:
+        """The first `count` rows of the order, or all where they are fewer, a batch at a time."""
+        numbers = self._order.at(np.arange(min(count, len(self.lengths))))
+        return (self.rows(numbers[start : start + self.batch_size]) for start in range(0, len(numbers), self.batch_size))
 
     def _numbers(self, step: int) -> np.ndarray:
         """Of the examples of a global batch."""

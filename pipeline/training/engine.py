@@ -9,6 +9,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from pipeline.training.nesterov import Nesterov
 from pipeline.training.settings import TrainSettings
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PATIENCE = timedelta(days=1)
+"""Ranks wait so long for the first, which alone scores, measures and writes down. DeepSpeed gives it ten minutes; a rank that dies ends the others
+through the launcher."""
 
 
 def start() -> torch.device:
@@ -49,7 +53,7 @@ def start() -> torch.device:
     if not torch.distributed.is_initialized():
         if not cuda:  # DeepSpeed would compile a shared-memory all-reduce, for over a minute
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=PATIENCE)
     return device
 
 

@@ -86,3 +86,9 @@ def test_units_without_masks_stay_and_cost_what_they_cost():
     assert 0.75 * TABLE.dense - 5 <= TABLE.time({"neurons": (found["neurons"] > 0).float()}).item() <= 0.75 * TABLE.dense
     nothing = {unit: torch.zeros_like(mask) for unit, mask in masks.items()}
     assert all(torch.equal(mask, nothing[unit]) for unit, mask in deal(TABLE, nothing, worth, 0.5, {}).items())
+
+
+def test_time_that_holds_no_unit_leaves_what_the_masks_left():
+    masks, worth = thin(gates=True)
+    found = deal(TABLE, masks, worth, 0.12, {})  # as long as the cheapest head, of which neurons have more than half
+    assert all(torch.equal(found[unit], mask) for unit, mask in masks.items())

@@ -14,6 +14,7 @@ from pipeline.compression.masks import GATES, Masks, alive
 from pipeline.compression.settings import SparsitySettings
 from pipeline.compression.shapes import round_up
 from pipeline.compression.sparsity import FINE, PENALTY, Lagrangian, Prunable, parts
+from pipeline.errors import UserError
 
 MODULE = np.load(Path(__file__).parent / "mask_module.npz")
 
@@ -298,3 +299,59 @@ def test_all_closed_units_of_a_layer_are_worth_less_than_an_open_one():
     for worth in masks.worth().values():
         assert worth[0].argmax() == 1
         assert 0 < worth[1].sum() < worth[0, 1]
+
+
+@pytest.mark.parametrize("units", [UNITS, LAYERS, ("heads", "neurons"), ("attention", "feedforward"), ("hidden",)], ids=str)
+def test_something_is_left_of_closed_masks(units):
+    prunable = Prunable(layers=2, hidden=32, heads=4, ffn=64)
+    most = 0.99 if "neurons" in units else 0.6
+    masks = Masks(prunable, SparsitySettings(units=units), target=most, steps=10, seed=1)
+    for mask in masks.units.values():
+        mask.log_alpha.data.fill_(-LIMIT)
+    settled, _ = masks.settle()
+    assert prunable.sparsity({unit: (mask > 0).float() for unit, mask in settled.items()}) < 1
+
+
+TINY = Prunable(layers=2, hidden=32, heads=4, ffn=64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "most"),
+    [
+        ({"target": 0.9999}, {}, 0.9961),
+        ({"target": 0.9999, "units": LAYERS}, {}, 0.9961),
+        ({"target": 0.99}, {"multiple": 8}, 0.969),
+        ({"target": 0.99}, {"together": True}, 0.953),
+        ({"target": 0.99, "units": ("attention", "feedforward")}, {}, 0.831),
+        ({"target": 0.99, "units": ("attention", "neurons")}, {}, 0.996),
+        ({"target": 0.5, "units": ("heads",)}, {}, 0.33),
+        ({"shape": {"layers": 1, "heads": 4, "ffn": 64}, "units": ("attention",)}, {}, 0.498),
+    ],
+)
+def test_what_leaves_nothing_or_what_units_cannot_make_is_refused(settings, options, most):
+    with pytest.raises(UserError, match=f"make at most {most}"):
+        goals.goals(SparsitySettings(**settings), TINY, **options)
+
+
+def test_the_most_that_leaves_something_is_taken():
+    one = 1 - TINY.neuron / TINY.total
+    assert goals.goals(SparsitySettings(target=one), TINY)[0].share == one
+    both = 1 - (TINY.neuron + TINY.head) / TINY.total
+    assert goals.goals(SparsitySettings(target=both), TINY, together=True)[0].share == both
+    (smallest,) = goals.goals(SparsitySettings(shape={"layers": 1, "heads": 1, "ffn": 1}, units=LAYERS), TINY)
+    assert smallest.share == pytest.approx(both, abs=1e-6)
+
+
+def test_of_a_shape_layers_and_dimensions_keep_the_values_of_their_masks():
+    masks = Masks(TINY, SparsitySettings(units=UNITS), target=0.5, steps=10, seed=1)
+    with torch.no_grad():
+        for mask in masks.units.values():
+            mask.log_alpha.copy_(torch.linspace(-1, 2, mask.log_alpha.numel()).view(mask.log_alpha.shape))
+    for hidden, dimensions in ((None, 32), (16, 16)):
+        (goal,) = goals.goals(SparsitySettings(units=UNITS, shape={"layers": 1, "heads": 2, "ffn": 24, "hidden": hidden}), TINY)
+        settled, _ = goals.settle(masks, goal, 1)
+        assert {unit: int((mask > 0).sum()) for unit, mask in settled.items()} == {
+            "attention": 1, "feedforward": 1, "hidden": dimensions, "heads": 2, "neurons": 24
+        }  # fmt: skip
+        for unit, mask in settled.items():
+            assert torch.equal(mask[mask > 0], masks.soft()[unit][mask > 0])

@@ -85,3 +85,14 @@ def test_a_teachers_answers_are_written_down_as_it_gives_them(encoder, questions
         assert losses[0].keys() == losses[1].keys() == {"distill", *(("layers", *(f"matched_{layer + 1}" for layer in taught)) if taught else ())}
         for name, loss in losses[0].items():
             assert loss.item() == pytest.approx(losses[1][name].item(), rel=1e-3)
+
+
+def test_a_teacher_of_questions_has_a_head_for_them(tmp_path):
+    path = tmp_path / "config.json"
+    for name in ("BertForQuestionAnswering", "TrimlineForQuestionAnswering"):
+        path.write_text(f'{{"architectures": ["{name}"]}}')
+        teachers.check_answers(tmp_path)
+    for text in ('{"architectures": ["BertForSequenceClassification"]}', "{}"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not one that was trained on questions"):
+            teachers.check_answers(tmp_path)

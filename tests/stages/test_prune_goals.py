@@ -1,5 +1,6 @@
 """What else can be asked of a pruning: several targets, other units, a speed-up, a shape, one shot, other teachers; and what cannot."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from pipeline.models.size import block_parameters
 from pipeline.recipe import Recipe
 from pipeline.stages import evaluate, prune
 from pipeline.tasks import task as tasks
+from pipeline.tasks.batches import TaskBatches
 from pipeline.workflow import Work
 
 ALL = ["attention", "feedforward", "heads", "neurons", "hidden"]
@@ -28,8 +30,9 @@ LAYERS = ALL[:4]
 def run(finetuned, tmp_path):
     """Prunes the toy model with these settings: (work, figures)."""
 
-    def prune_with(artifact=None, epochs=3, **settings):
+    def prune_with(artifact=None, epochs=3, unpadded=False, **settings):
         recipe = finetuned.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        recipe["model"] |= {"unpadded": unpadded}
         recipe["prune"] |= {"epochs": epochs, "recovery": {"epochs": 1, "batch_size": 32, "lr": 1e-3}} | settings
         (tmp_path / "made").mkdir()
         work = Work("prune", Recipe.model_validate(recipe), {"finetune": artifact or finetuned.artifact}, tmp_path / "made", tmp_path / "logs")
@@ -198,14 +201,59 @@ def test_outputs_that_do_not_fit_are_told(run, tmp_path, wrong, message):
         run(distillation={"teacher_outputs": str(tmp_path / "outputs.npz"), "layers": 0})
 
 
+def test_a_file_of_outputs_that_was_cut_off_is_told(run, tmp_path):
+    path = tmp_path / "outputs.npz"
+    np.savez(path, logits=np.zeros((512, 2)))
+    whole = path.read_bytes()
+    for cut in (0, 300):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"outputs\.npz: not a teacher's outputs"):
+            teachers.outputs(path, 512, 2)
+
+
+def test_a_teacher_with_positions_for_less_than_a_row_is_refused(run, finetuned, tmp_path):
+    short = copy.deepcopy(finetuned.model)
+    short.base_model.embeddings.positions.table = torch.nn.Embedding(6, 32)
+    short.config.max_position_embeddings = 6
+    export.save(short, finetuned.tokenizer, tmp_path / "teacher")
+    with pytest.raises(UserError, match=r"teacher.*6"):
+        run(distillation={"teacher": str(tmp_path / "teacher")})
+
+
+@pytest.mark.parametrize("method", ["cofi", "one-shot"])
+def test_padding_is_left_out_where_the_recipe_says_so_and_directories_do_not(run, monkeypatch, method):
+    trained, train = [], prune.train
+
+    def spied(trainee, *arguments, **options):
+        trained.append((trainee.model.config.unpadded, trainee.objective._beside[0].config.unpadded))
+        return train(trainee, *arguments, **options)
+
+    monkeypatch.setattr(prune, "train", spied)
+    work, _ = run(method=method, epochs=1, unpadded=True, distillation={"record": 0})
+    assert trained == [(True, True)] * (2 if method == "cofi" else 1)
+    assert not build.load(work.directory / "model", head="classification").config.unpadded
+
+
+def test_one_shot_ranks_the_same_examples_however_they_are_divided(finetuned):
+    batches = TaskBatches(finetuned.task.splits["train"], finetuned.tokenizer, finetuned.task, 24, 1)
+    for count, expected in ((100, 100), (10_000, 512)):
+        found = np.concatenate([batch["example"] for batch in batches.first(count)])
+        assert len(found) == len(set(found.tolist())) == expected
+        others = TaskBatches(finetuned.task.splits["train"], finetuned.tokenizer, finetuned.task, 7, 1).first(count)
+        assert np.array_equal(found, np.concatenate([batch["example"] for batch in others]))
+
+
 @pytest.mark.parametrize(
     ("goal", "message"),
     [
         (
             {"target": 0.6, "units": ["heads"]},
-            "the target is 0.6, sparsity.units are heads, which all removed make 0.498; lower the target, or add units",
+            "the target is 0.6; sparsity.units heads make at most 0.498; lower the target, or add units",
         ),
-        ({"speed_up": 50, "units": ["neurons"], "timing": {"length": 16}}, "the target is a speed-up of 50, sparsity.units are neurons, which all"),
+        (
+            {"speed_up": 50, "units": ["neurons"], "timing": {"length": 16}},
+            "the target is a speed-up of 50; sparsity.units neurons make at most a speed-up of",
+        ),
         ({"shape": {"layers": 1, "heads": 8, "ffn": 8}, "units": ALL}, "heads is 8, the model has 4"),
     ],
 )
