@@ -46,7 +46,7 @@ def goals(settings: SparsitySettings, prunable: Prunable, table: Table | None = 
     whole = [] if together else [{layer, fine} for layer, fine in FINE.items() if {layer, fine} & set(settings.units)]
     most = max(removed({unit: mask * (unit not in gone) for unit, mask in least.items()}).item() for gone in whole or [set()])
     if share > most + 1e-6:  # of fp32
-        wanted, can = (f"a speed-up of {1 / (1 - each):.3g}" if table is not None else f"{each:.3g}" for each in (share, most))
+        wanted, can = (f"a speed-up of {1 / (1 - each):.3g}" if table is not None else f"{each:.4g}" for each in (share, most))
         what = "target shape, of all that can go," if settings.shape else "target"
         units = ", ".join(settings.units)
         raise UserError(f"prune: the {what} is {wanted}; sparsity.units {units} make at most {can}; lower the target, or add units")

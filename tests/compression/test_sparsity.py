@@ -318,18 +318,18 @@ TINY = Prunable(layers=2, hidden=32, heads=4, ffn=64)
 @pytest.mark.parametrize(
     ("settings", "options", "most"),
     [
-        ({"target": 0.9999}, {}, 0.9961),
-        ({"target": 0.9999, "units": LAYERS}, {}, 0.9961),
-        ({"target": 0.99}, {"multiple": 8}, 0.969),
-        ({"target": 0.99}, {"together": True}, 0.953),
-        ({"target": 0.99, "units": ("attention", "feedforward")}, {}, 0.831),
-        ({"target": 0.99, "units": ("attention", "neurons")}, {}, 0.996),
-        ({"target": 0.5, "units": ("heads",)}, {}, 0.33),
-        ({"shape": {"layers": 1, "heads": 4, "ffn": 64}, "units": ("attention",)}, {}, 0.498),
+        ({"target": 0.9999}, {}, 1 - 66 / 16_960),
+        ({"target": 0.9999, "units": LAYERS}, {}, 1 - 66 / 16_960),
+        ({"target": 0.99}, {"multiple": 8}, 1 - 8 * 66 / 16_960),
+        ({"target": 0.99}, {"together": True}, 1 - (1056 + 66) / 16_960),
+        ({"target": 0.99, "units": ("attention", "feedforward")}, {}, 1 - 4 * 1056 / 16_960),
+        ({"target": 0.999, "units": ("attention", "neurons")}, {}, 1 - 66 / 16_960),
+        ({"target": 0.5, "units": ("heads",)}, {}, 8 * 1056 / 16_960),
+        ({"shape": {"layers": 1, "heads": 4, "ffn": 64}, "units": ("attention",)}, {}, 8 * 1056 / 16_960),
     ],
 )
 def test_what_leaves_nothing_or_what_units_cannot_make_is_refused(settings, options, most):
-    with pytest.raises(UserError, match=f"make at most {most}"):
+    with pytest.raises(UserError, match=f"make at most {most:.4g}; lower"):
         goals.goals(SparsitySettings(**settings), TINY, **options)
 
 

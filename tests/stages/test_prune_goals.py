@@ -248,7 +248,7 @@ def test_one_shot_ranks_the_same_examples_however_they_are_divided(finetuned):
     [
         (
             {"target": 0.6, "units": ["heads"]},
-            "the target is 0.6; sparsity.units heads make at most 0.498; lower the target, or add units",
+            "the target is 0.6; sparsity.units heads make at most 0.4981; lower the target, or add units",
         ),
         (
             {"speed_up": 50, "units": ["neurons"], "timing": {"length": 16}},
